@@ -1,0 +1,1394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anonymous usage telemetry for a command-line tool, in one file to copy.
+
+    import trix_telemetry
+    trix_telemetry.track_command_execution("build")
+
+Sent, for each command that a person runs, as one OTLP/HTTP JSON counter point: the command's
+name, the tool's name and version, two times, and a random fingerprint.
+Never sent: arguments, paths, file contents, environment, user or host names.
+
+Off: DO_NOT_TRACK=1, or TRIX_TELEMETRY=0, or `python -m trix_telemetry disable`, which writes
+`enabled = false` into ~/.tx3/trix/config.toml. `status` and `preview` show everything. Without
+an endpoint nothing is sent or made, and none is set as shipped.
+
+To vendor it, copy the file anywhere, under any name: Python 3.11 or newer, standard library
+only. Edit the constants below or call initialize_telemetry(); the rest is not a vendor's to
+change, so that a newer copy can take its place. `__version__` says which one it is.
+
+Never in the way: all that may be slow happens on a daemon thread, one budget (`timeout_ms`)
+bounds it, and no failure reaches the tool. Modules are imported where they are used: when off,
+none is needed, and the import with a call costs a tenth of `import json`. So there is nothing
+here of typing or dataclasses, nor of __future__, and only the names of lazy imports are quoted.
+What runs inside a tool ends where the command line begins.
+"""
+
+import os
+import sys
+import time
+
+TYPE_CHECKING = False  # type checkers take it for true
+if TYPE_CHECKING:
+    import argparse
+    import http.client
+    import socket
+    import ssl
+    import threading
+    import urllib.request
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any, NoReturn
+
+__version__ = "1.0.0"
+
+# What a vendor edits: these eight constants. initialize_telemetry() sets the same.
+SERVICE_NAME = "trix-cli"
+SERVICE_VERSION = "0.19.3"
+ENDPOINT = ""  # the tool's own OTLP/HTTP base URL; empty: nowhere
+METRIC_NAME = "trix_command_invocation"
+DIRECTORY = "~/.tx3/trix"  # of config.toml, fingerprint, cooldown
+ENVIRONMENT = "TRIX_TELEMETRY"  # a variable, and the prefix of _ENDPOINT and _DEBUG
+PROG = ""  # how a person reaches main(), such as "acme telemetry"; empty: python -m <module>
+COMMANDS: "frozenset[str] | None" = None  # the names that may be counted; None: any
+
+_TIMEOUT_MS, _TIMEOUT_MS_MAX = 2000, 60_000
+_COOLDOWN_SECONDS, _COOLDOWN_SECONDS_MAX = 60, 3600
+_SENDS_AT_ONCE = 4
+_WINDOW_NS = 1_000_000  # stores that keep milliseconds need a whole one
+_HEAD_BYTES = 1 << 16  # of a config, what the caller's side reads
+_CONFIG_BYTES_MAX = 1 << 24
+_ANSWER_BYTES_MAX = 1 << 18  # headers and all; no collector says as much
+_EXCERPT_BYTES = 4096
+_ADDRESS_SHARES = 3  # a dead address costs a third of what is left, however many there are
+_POLL_SECONDS = 0.05  # a config that was read meanwhile may have moved the deadline
+_FALSE = ("0", "false", "no", "off")
+_HEX_DIGITS = "0123456789abcdefABCDEF"
+_NOT_IN_URL = frozenset(' "<>\\^`{|}?#')  # RFC 3986; a base URL has no query or fragment
+_NOT_IN_HEADER_NAME = frozenset(' "(),/:;<=>?@[\\]{}')  # RFC 9110, section 5.6.2
+_FIXED_HEADERS = ("content-type", "content-length", "host", "connection", "transfer-encoding")
+_URL_ALLOWED = "an http or https base URL with a host and without user info, query or fragment"
+
+
+class _Off(Exception):
+    """Why nothing is sent, in one line."""
+
+
+class _Invalid(_Off):
+    """Which setting is wrong, what was found, and what is allowed."""
+
+
+class _Tool:
+    """What the host tool says of itself; `problem` tells what is wrong with that."""
+
+    service_name = SERVICE_NAME
+    service_version = SERVICE_VERSION
+    endpoint = ENDPOINT
+    metric_name = METRIC_NAME
+    directory = DIRECTORY
+    environment = ENVIRONMENT
+    prog = PROG
+    commands = COMMANDS
+    problem = ""
+
+    def __init__(self, **given: object) -> None:
+        for name, value in given.items():
+            if value is not None and name == "commands":
+                names = None if isinstance(value, str) else _shielded(frozenset, value)
+                self.keep(name, names, isinstance(names, frozenset), "a set of names")
+            elif value is not None:
+                text = _shielded(os.fspath, value) if name == "directory" else value
+                is_line = isinstance(text, str) and text.isprintable()
+                may_be_empty = name in ("endpoint", "prog", "service_version")
+                self.keep(name, text, is_line and bool(text or may_be_empty), "one line of text")
+        self.prog = self.prog or f"python -m {_module_name()}"
+
+    def keep(self, name: str, value: object, is_good: bool, allowed: str) -> None:
+        if is_good:
+            setattr(self, name, value)
+        else:
+            self.problem = f"{name} of initialize_telemetry: allowed is {allowed}"
+
+
+class TelemetryConfig:
+    """The `[telemetry]` table of config.toml, checked. `timeout_ms` is in milliseconds;
+    `otlp_endpoint` is None where the key is missing, "" where it says nowhere."""
+
+    __slots__ = ("enabled", "otlp_endpoint", "otlp_headers", "timeout_ms")
+    enabled: bool
+    timeout_ms: int
+    otlp_endpoint: str | None
+    otlp_headers: dict[str, str]
+
+    def __init__(self, table: "Any") -> None:
+        """Take a parsed table. Raises _Invalid for a value of the wrong type or range."""
+        if not isinstance(table, dict):
+            raise _bad("", table, "a table")
+        self.enabled = table.get("enabled", True)
+        if type(self.enabled) is not bool:
+            raise _bad(".enabled", self.enabled, "true or false")
+        self.timeout_ms = table.get("timeout_ms", _TIMEOUT_MS)
+        if type(self.timeout_ms) is not int or not 1 <= self.timeout_ms <= _TIMEOUT_MS_MAX:
+            raise _bad(".timeout_ms", self.timeout_ms, f"an integer from 1 to {_TIMEOUT_MS_MAX}")
+        self.otlp_endpoint = table.get("otlp_endpoint")
+        if self.otlp_endpoint not in (None, "") and not _metrics_url(self.otlp_endpoint):
+            raise _bad(".otlp_endpoint", self.otlp_endpoint, _URL_ALLOWED)
+        headers = table.get("otlp_headers", {})
+        if not isinstance(headers, dict):
+            raise _bad(".otlp_headers", headers, "a table of strings")
+        for name, value in headers.items():
+            if not isinstance(value, str) or {"\r", "\n"} & set(name + value):
+                found = type(value)  # never the value: it may be a secret
+                raise _bad(f".otlp_headers.{_plain(name)}", found, "a string without line breaks")
+        self.otlp_headers = {n: v for n, v in headers.items() if _is_header(n, v)}
+
+
+class CommandMetric:
+    """One run of a command: a data point of a cumulative sum. `start` and `end` are its window,
+    in Unix nanoseconds, each a true reset (metrics data model, "Resets and Gaps")."""
+
+    __slots__ = ("command", "end", "name", "start")
+
+    def __init__(self, name: str, command: str, start: int, end: int) -> None:
+        self.name, self.command, self.start, self.end = name, command, start, end
+
+    def encode(self, resource: dict[str, str]) -> "dict[str, Any]":
+        """An ExportMetricsServiceRequest in OTLP's JSON Protobuf encoding."""
+        point = {
+            "attributes": _attributes({"command_name": self.command}),
+            "startTimeUnixNano": str(self.start),
+            "timeUnixNano": str(self.end),
+            "asInt": "1",
+        }
+        cumulative = 2  # AGGREGATION_TEMPORALITY_CUMULATIVE
+        total = {"dataPoints": [point], "aggregationTemporality": cumulative, "isMonotonic": True}
+        scope_metrics = {"scope": {}, "metrics": [{"name": self.name, "sum": total}]}
+        resource_metrics = {
+            "resource": {"attributes": _attributes(resource)},
+            "scopeMetrics": [scope_metrics],
+        }
+        return {"resourceMetrics": [resource_metrics]}
+
+
+class _Call:
+    """One tracked command on its way: what was seen at the call, its budget, its outcome."""
+
+    thread: "threading.Thread"
+
+    def __init__(self, tool: _Tool, command: "Any", endpoint: str | None) -> None:
+        self.began, self.started = time.monotonic(), time.time_ns()
+        self.deadline = self.began + _TIMEOUT_MS / 1000  # until the config is parsed
+        self.tool, self.command = tool, command
+        self.endpoint = endpoint  # of the environment
+        self.directory, self.url = "", ""
+        self.config: bytes | None = None
+        self.asked = _debugs(tool)  # whether somebody reads the outcome
+        self.in_cooldown = False  # whether a cool-down does not matter
+        self.phase = "preparing"
+        self.received = 0  # bytes
+        self.outcome, self.text = "", ""  # sent, failed or off; and what to say of it
+
+    def left(self) -> float:
+        """Seconds of the budget, always some. Raises TimeoutError when it is used up."""
+        if self.is_used_up():
+            raise TimeoutError
+        return max(self.deadline - time.monotonic(), 0.001)
+
+    def is_used_up(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def took(self) -> str:
+        return f"{(time.monotonic() - self.began) * 1000:.0f} ms"
+
+
+def _module_name() -> str:
+    if __name__ != "__main__":
+        return __name__
+    return __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
+
+
+def _plain(text: object, length: int = 160) -> str:
+    """Foreign text made fit for a terminal and a log: one line, no control characters."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:length])
+
+
+def _shown(value: object) -> str:
+    """What was found, for a message; what a URL may carry in secret stays out of it."""
+    if isinstance(value, str):
+        scheme, _, rest = value.partition("?")[0].partition("#")[0].rpartition("//")
+        return repr(_plain(f"{scheme}//…@{rest.rpartition('@')[2]}" if "@" in rest else value))
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
+        return str(value).lower()
+    kind = value if isinstance(value, type) else type(value)
+    return f"of type {kind.__name__}"
+
+
+def _bad(key: str, found: object, allowed: str) -> _Invalid:
+    return _Invalid(f"telemetry{key} is {_shown(found)}; allowed: {allowed}")
+
+
+def _is_command(name: object, commands: frozenset[str] | None) -> bool:
+    """Whether it is `[A-Za-z][A-Za-z0-9_-]{0,63}`, and of the closed set where there is one."""
+    return (
+        isinstance(name, str)
+        and 1 <= len(name) <= 64
+        and name.isascii()
+        and name[0].isalpha()
+        and name.replace("-", "").replace("_", "").isalnum()
+        and (commands is None or name in commands)
+    )
+
+
+def _is_header(name: str, value: str) -> bool:
+    """Whether it may be added: RFC 9110, sections 5.1 and 5.5, in Latin-1."""
+    return (
+        name.lower() not in ("", *_FIXED_HEADERS)
+        and all("!" <= c <= "~" and c not in _NOT_IN_HEADER_NAME for c in name)
+        and all(c == "\t" or " " <= c <= "~" or "\xa0" <= c <= "\xff" for c in value)
+    )
+
+
+def _metrics_url(base: object) -> str:
+    """The URL for metrics of an OTLP/HTTP base URL; "" for what is not one.
+
+    OTLP specification, "OTLP/HTTP Request": `/v1/metrics`, relative to the base.
+    """
+    from urllib.parse import urlsplit
+
+    if not isinstance(base, str) or not base.isascii() or not base.isprintable():
+        return ""
+    try:
+        url = urlsplit(base)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # broken IPv6, a port that is none
+        return ""
+    if not good or "@" in url.netloc or _NOT_IN_URL & set(base):
+        return ""
+    done = url.path.rstrip("/").endswith("/v1/metrics")
+    return base.rstrip("/") + ("" if done else "/v1/metrics")
+
+
+def _attributes(values: dict[str, str]) -> "list[dict[str, Any]]":
+    return [{"key": key, "value": {"stringValue": value}} for key, value in values.items()]
+
+
+def _retry_after(value: str) -> int:
+    """Seconds, from 0 to an hour, of either form: RFC 9110, section 10.2.3."""
+    import email.utils
+
+    try:
+        if value.isdigit():
+            seconds = int(value[:9])
+        else:
+            seconds = int(email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError, OSError):
+        return 0
+    return min(max(seconds, 0), _COOLDOWN_SECONDS_MAX)
+
+
+def _says_off(config: bytes) -> bool:
+    """Whether `[telemetry]` plainly says `enabled = false`: what costs no TOML parser.
+
+    Never true where tomllib would find it on; an unusual spelling is left to tomllib.
+    """
+    at = -1
+    while (at := config.find(b"enabled", at + 1)) >= 0:
+        start, end = config.rfind(b"\n", 0, at) + 1, config.find(b"\n", at)
+        line = config[start : end if end >= 0 else None].partition(b"#")[0]
+        header = config.rfind(b"[", 0, start)
+        if b"".join(line.split()) == b"enabled=false" and config.startswith(b"[telemetry]", header):
+            indent = config[config.rfind(b"\n", 0, header) + 1 : header]
+            return not (indent.strip() or b'"""' in config[:at] or b"'''" in config[:at])
+    return False
+
+
+def _is_false(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in _FALSE
+
+
+def _debugs(tool: _Tool) -> bool:
+    variable = f"{tool.environment}_DEBUG"
+    return not (_is_false(variable) or os.environ.get(variable, "").strip() == "")
+
+
+def _check_switches(tool: _Tool) -> None:
+    """Raises _Off where the environment says so, _Invalid where the tool is at fault."""
+    if os.environ.get("DO_NOT_TRACK", "").strip() and not _is_false("DO_NOT_TRACK"):
+        raise _Off(f"DO_NOT_TRACK is set to {_plain(os.environ['DO_NOT_TRACK'], 20)}")
+    if _is_false(tool.environment):
+        raise _Off(f"{tool.environment} is set to {os.environ[tool.environment].strip()}")
+    if tool.problem:
+        raise _Invalid(tool.problem)
+
+
+def _say(text: str) -> bool:
+    """Write to stderr; whether that can have been read."""
+    try:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):  # none, broken, closed
+        return False
+    return True
+
+
+def _debug(tool: _Tool, text: str) -> None:
+    if _debugs(tool):
+        label = tool.prog.removeprefix("python -m ")
+        _say("\n".join(f"{label}: {line}" for line in text.splitlines()))
+
+
+def _private(path: str, flags: int) -> int:
+    """An opener for open(): files for the user alone, and no waiting at a FIFO."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
+
+
+def _read(path: str, limit: int) -> bytes:
+    """A regular file, up to a limit. Raises OSError."""
+    import stat
+
+    with open(path, "rb", opener=_private) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path}: not a regular file")
+        return file.read(limit)
+
+
+def _write(path: str, data: bytes, *, new: bool = False, like: str = "") -> None:
+    """Put data at path in one step: as a `new` file, or with the mode of the file `like` it.
+
+    A reader, or a process killed meanwhile, meets the old file or the new. Raises OSError.
+    """
+    temporary = f"{path}.{os.urandom(6).hex()}.tmp"
+    try:
+        with open(temporary, "xb", opener=_private) as file:
+            file.write(data)
+            if like:  # the user's own words: they outlast a power cut
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(temporary, os.stat(like).st_mode & 0o7777)
+        if new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+
+
+class _Lock:
+    """Keeps other processes out of the state directory while a file in it changes."""
+
+    def __init__(self, directory: str) -> None:
+        os.makedirs(directory, 0o700, exist_ok=True)
+        self.directory = directory
+        self.descriptor = -1
+
+    def __enter__(self) -> None:
+        if sys.platform == "win32":
+            return
+        try:
+            import fcntl
+
+            self.descriptor = os.open(self.directory, os.O_RDONLY)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # some network file systems: go without
+            pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _state_directory(tool: _Tool) -> str:
+    """The absolute path of the state directory. Raises _Off where there is no home."""
+    path = tool.directory
+    if path.startswith("~") and (os.environ.get("HOME") or os.name == "nt"):
+        path = os.path.expanduser(path)
+    if not os.path.isabs(path):
+        raise _Off(f"there is no home directory for {path}: set HOME")
+    return path
+
+
+def _config_path(directory: str) -> str:
+    return os.path.join(directory, "config.toml")
+
+
+def _read_config(directory: str, limit: int = _CONFIG_BYTES_MAX + 1) -> bytes | None:
+    """config.toml; None where there is no file. Raises OSError."""
+    path = _config_path(directory)
+    try:
+        config = _read(path, limit)
+    except FileNotFoundError:
+        return None
+    if len(config) > _CONFIG_BYTES_MAX:
+        raise OSError(f"{path}: larger than {_CONFIG_BYTES_MAX >> 20} MiB")
+    return config
+
+
+def _parse(config: bytes, parse_float: "Callable[[str], Any]" = float) -> "dict[str, Any]":
+    """The document in config.toml. Raises _Invalid."""
+    import tomllib
+
+    try:
+        return tomllib.loads(config.decode(), parse_float=parse_float)
+    except UnicodeDecodeError as error:
+        raise _Invalid(f"not UTF-8, at byte {error.start}; allowed: TOML in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        bom = "a byte-order mark" if config.startswith(b"\xef\xbb\xbf") else _plain(error)
+        raise _Invalid(f"not TOML: {bom}; allowed: TOML in UTF-8") from None
+
+
+def _configured(directory: str, config: bytes | None) -> tuple[TelemetryConfig, bool]:
+    """The settings, and whether a table holds them. Raises _Off, _Invalid."""
+    try:
+        document = _parse(config or b"")
+        return TelemetryConfig(document.get("telemetry", {})), "telemetry" in document
+    except _Invalid as problem:
+        raise _Invalid(f"{_config_path(directory)}: {problem}") from None
+
+
+def _with_table(config: bytes, tool: _Tool, enabled: bool) -> bytes:
+    """A config with the `[telemetry]` table added, in the config's own kind of lines."""
+    table = (
+        f"# Anonymous usage telemetry of {tool.service_name}; about it: {tool.prog} status\n"
+        f"[telemetry]\nenabled = {str(enabled).lower()}\ntimeout_ms = {_TIMEOUT_MS}\n"
+        f'# otlp_endpoint = "{tool.endpoint or "https://collector.example.com"}"\n'
+    )
+    newline = b"\r\n" if b"\r\n" in config else b"\n"
+    gap = b"" if not config else newline if config.endswith(b"\n") else 2 * newline
+    return config + gap + table.encode().replace(b"\n", newline)
+
+
+def _introduce(call: _Call) -> bytes:
+    """Make the missing file or table and say so, which one of many processes does.
+
+    Returns the config. Raises OSError, _Off: where nobody can be told, nothing is sent.
+    """
+    if getattr(sys.stderr, "closed", True):  # None, where the descriptor was closed
+        raise _Off("the first-run notice cannot be shown: stderr is closed")
+    with _Lock(call.directory):
+        found = _read_config(call.directory)
+        if found is not None and _configured(call.directory, found)[1]:
+            return found
+        config = _with_table(found or b"", call.tool, True)
+        path = os.path.realpath(_config_path(call.directory))
+        _write(path, config, new=found is None, like="" if found is None else path)
+    if not _say(_notice(call.tool, call.url)):
+        raise _Off("the first-run notice could not be written to stderr")
+    return config
+
+
+def _notice(tool: _Tool, url: str) -> str:
+    return (
+        f"{tool.service_name} counts which of its commands are run: the command's name, the\n"
+        "version, a random ID; never arguments, paths or contents. This is said once.\n"
+        f"  Sent to:      {url}\n"
+        f"  Look inside:  {tool.prog} status\n"
+        f"  Turn it off:  {tool.prog} disable\n"
+        f"                or {tool.environment}=0, or DO_NOT_TRACK=1"
+    )
+
+
+def _stored_fingerprint(directory: str) -> str:
+    """The fingerprint on disk; "" where there is none that can be used."""
+    try:
+        stored = _read(os.path.join(directory, "fingerprint"), 128).decode().strip()
+    except (OSError, ValueError):
+        return ""
+    return "" if len(stored) > 64 or stored.strip(_HEX_DIGITS) else stored
+
+
+def _new_fingerprint() -> str:
+    """SHA-256 over host, system and randomness that is not kept: there is no way back."""
+    import hashlib
+    import platform
+
+    host = "\0".join((platform.node(), platform.system(), platform.machine()))
+    return hashlib.sha256(host.encode(errors="replace") + os.urandom(32)).hexdigest()
+
+
+def _kept_fingerprint(directory: str) -> str:
+    """The fingerprint on disk, made where there is none. Raises OSError."""
+    stored = _stored_fingerprint(directory)
+    if not stored:
+        with _Lock(directory):
+            stored = _stored_fingerprint(directory)
+            if not stored:
+                stored = _new_fingerprint()
+                _write(os.path.join(directory, "fingerprint"), stored.encode())
+    return stored
+
+
+def _read_cooldown(directory: str, url: str) -> tuple[int, int, str]:
+    """The last cool-down of this URL: seconds to go, its whole length, its reason."""
+    try:
+        text = _read(os.path.join(directory, "cooldown"), _EXCERPT_BYTES).decode()
+        until, length, target, reason = text.rstrip("\n").split(" ", 3)
+        to_go, seconds = int(until) - int(time.time()), int(length)
+    except (OSError, ValueError):
+        return 0, 0, ""
+    # More to go than the whole: it is from the future, or the clock was set back.
+    if target != url or not 1 <= seconds <= _COOLDOWN_SECONDS_MAX or to_go > seconds:
+        return 0, 0, ""
+    return max(to_go, 0), seconds, _plain(reason)
+
+
+def _start_cooldown(call: _Call, seconds: int = 0) -> None:
+    """Spare the next commands the same wait, each time for twice as long."""
+    to_go, last, _ = _read_cooldown(call.directory, call.url)
+    if to_go and not seconds:  # begun by a process that ran beside this one
+        return
+    seconds = seconds or min(max(2 * last, _COOLDOWN_SECONDS), _COOLDOWN_SECONDS_MAX)
+    text = f"{int(time.time()) + seconds} {seconds} {call.url} {call.text}\n"
+    _shielded(_write, os.path.join(call.directory, "cooldown"), text.encode())
+
+
+def _end_cooldown(directory: str) -> bool:
+    """Whether there was one, running or not."""
+    try:
+        os.unlink(os.path.join(directory, "cooldown"))
+    except OSError:
+        return False
+    return True
+
+
+def _timed(kind: type, call: _Call) -> type:
+    """A kind of socket of which every wait ends with the budget.
+
+    A socket's own timeout is for one wait: a server that sends a byte a second outlives it.
+    """
+
+    class Timed(kind):  # type: ignore[misc]
+        def do_handshake(self, *args: "Any") -> None:
+            call.phase = "setting up TLS"
+            self.settimeout(call.left())
+            super().do_handshake(*args)
+
+        def recv_into(self, *args: "Any") -> int:
+            call.phase = "waiting for the answer"
+            self.settimeout(call.left())
+            count: int = super().recv_into(*args)
+            call.received += count
+            if call.received > _ANSWER_BYTES_MAX:
+                raise OSError("the answer is too long")
+            return count
+
+    return Timed
+
+
+def _dial(call: _Call, host: str, port: int) -> "socket.socket":
+    """A connection to the first address of a host that takes one. Raises OSError."""
+    import socket
+
+    call.phase = f"looking up {host}"
+    # Bytes, for a str goes through the idna codec, which takes 3 ms to import.
+    name = host.encode() if host.isascii() else host
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    timed = _timed(socket.socket, call)
+    for index, (family, kind, protocol, _, address) in enumerate(found):
+        call.phase = f"connecting to {address[0]}"
+        connection: socket.socket | None = None
+        try:
+            connection = timed(family, kind, protocol)
+            connection.settimeout(call.left() / min(len(found) - index, _ADDRESS_SHARES))
+            connection.connect(address)
+            connection.settimeout(call.left())
+            return connection
+        except OSError as reason:
+            error = reason
+            if connection:
+                connection.close()
+    raise error
+
+
+def _open(
+    request: "urllib.request.Request", call: _Call, context: "ssl.SSLContext | None"
+) -> "http.client.HTTPResponse":
+    """Send, by an opener that knows no redirects and no other schemes. Raises OSError."""
+    import http.client
+    import urllib.request
+
+    def connect(host: str, **options: "Any") -> http.client.HTTPConnection:
+        if context:
+            context.sslsocket_class = _timed(context.sslsocket_class, call)
+            options["context"] = context
+        made = (http.client.HTTPSConnection if context else http.client.HTTPConnection)(
+            host, **options
+        )
+        # connect() stays as it is, with its proxy tunnel and TLS; only the dialling is ours.
+        made._create_connection = lambda address, *_: _dial(call, *address)  # type: ignore[attr-defined]
+        return made
+
+    class Handler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> "Any":
+            return self.do_open(connect, request)
+
+        https_open = http_open
+        https_request = urllib.request.HTTPHandler.http_request
+
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(urllib.request.getproxies_environment()))
+    opener.add_handler(Handler())
+    response = opener.open(request, timeout=call.left())
+    if response is None:
+        raise OSError("no way to speak with the proxy of the environment")
+    return response  # type: ignore[no-any-return]
+
+
+def _tls_contexts() -> "Iterator[ssl.SSLContext]":
+    """What to verify a server with, in turn: a hashed directory of authorities, of which OpenSSL
+    reads the one that it needs; then the whole bundle, which takes 40 ms to parse."""
+    import ssl
+
+    paths = ssl.get_default_verify_paths()
+    bundle = os.environ.get(paths.openssl_cafile_env)
+    names = [] if bundle or not paths.capath else os.listdir(paths.capath)
+    if any(name.endswith(".0") for name in names):
+        yield ssl.create_default_context(capath=paths.capath)
+    yield ssl.create_default_context()
+
+
+def _send(request: "urllib.request.Request", call: _Call) -> int:
+    """Send, set the call's outcome and text, and return the seconds of a Retry-After."""
+    import http.client
+
+    contexts = _tls_contexts() if request.type == "https" else [None]
+    for context in contexts:
+        try:
+            with _open(request, call, context) as response:
+                return _judge(response, call)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            wrapped = getattr(error, "reason", None)  # by urllib
+            reason = wrapped if isinstance(wrapped, Exception) else error
+            call.outcome, call.text = "failed", _explained(reason, call)
+            if not hasattr(reason, "verify_message"):
+                break
+    return 0
+
+
+def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
+    """OTLP specification, "OTLP/HTTP Response": of the statuses, 2xx alone is a success."""
+    import http.client
+
+    status = response.status
+    try:
+        answer = response.read(_EXCERPT_BYTES) if call.asked else b""
+    except (OSError, http.client.HTTPException):  # it came late, or cut off
+        answer = b""
+    call.outcome, said = "failed", _plain(" ".join(answer.decode(errors="replace").split()))
+    if 200 <= status < 300:
+        rejected, said = _partial_success(answer)
+        call.outcome = "failed" if rejected else "sent"
+        said = f"{rejected} data point rejected: {said}" if rejected else said
+    elif 300 <= status < 400:
+        said = f"redirects to {_plain(response.getheader('Location'))}; not followed"
+    call.text = f"HTTP {status} after {call.took()}" + (f": {said}" if said else "")
+    return _retry_after(response.getheader("Retry-After", "")) if status in (429, 503) else 0
+
+
+def _partial_success(answer: bytes) -> tuple[int, str]:
+    """How many points were rejected, and the message: OTLP specification, "Partial Success"."""
+    import json
+
+    try:
+        partial = json.loads(answer)["partialSuccess"]
+        return int(partial.get("rejectedDataPoints", 0)), _plain(partial.get("errorMessage", ""))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return 0, ""  # nothing said, or in Protobuf
+
+
+def _explained(error: Exception, call: _Call) -> str:
+    """What failed, in plain words."""
+    import http.client
+    import socket
+
+    if isinstance(error, TimeoutError) or call.is_used_up():
+        return f"timed out after {call.took()}, {call.phase}"
+    if isinstance(error, ConnectionRefusedError):
+        return f"connection refused, {call.phase}"
+    if isinstance(error, socket.gaierror):
+        return f"unknown host, {call.phase}: {error.strerror}"
+    if isinstance(error, ConnectionError):  # RemoteDisconnected is one
+        return f"connection closed or reset, {call.phase}"
+    if isinstance(error, http.client.HTTPException):
+        return "the answer is not HTTP; does the port speak TLS?"
+    message = getattr(error, "verify_message", "")
+    if message:
+        gives = "; SSL_CERT_FILE=authorities.pem gives it one" if "certificate" in message else ""
+        return f"certificate not accepted: {_plain(message)}{gives}"
+    if getattr(error, "library", "") == "SSL":
+        return f"TLS failed, {call.phase}; does the port speak TLS? {_plain(error)}"
+    return f"{_plain(error)}, {call.phase}"
+
+
+def _request(
+    call: _Call, config: TelemetryConfig, fingerprint: str, window: tuple[int, int]
+) -> "urllib.request.Request":
+    """The request, with each header that will be on the wire."""
+    import json
+    import urllib.request
+
+    resource = {
+        "service.name": call.tool.service_name,
+        "service.version": call.tool.service_version,
+        "user.fingerprint": fingerprint,
+    }
+    metric = CommandMetric(call.tool.metric_name, call.command, *window)
+    body = json.dumps(metric.encode(resource), separators=(",", ":")).encode()
+    request = urllib.request.Request(call.url, data=body, method="POST")
+    fixed = ("application/json", str(len(body)), request.host, "close")
+    ours = {"User-Agent": f"trix-telemetry/{__version__}", "Accept-Encoding": "identity"}
+    theirs = dict(zip(_FIXED_HEADERS, fixed, strict=False))
+    for name, value in (*ours.items(), *config.otlp_headers.items(), *theirs.items()):
+        request.add_header(name, value)
+    return request
+
+
+def _rendered(request: "urllib.request.Request", config: TelemetryConfig) -> str:
+    """The request as on the wire, but for the values of configured headers."""
+    hidden = {name.lower() for name in config.otlp_headers}
+    lines = [f"POST {request.selector} HTTP/1.1"]
+    for name, value in request.header_items():
+        lines.append(f"{name.title()}: {'(hidden)' if name.lower() in hidden else value}")
+    body: bytes = request.data  # type: ignore[assignment]
+    return "\n".join([*lines, "", body.decode()])
+
+
+class OtlpClient:
+    """The one handle of a process: its sends under way, the end of its last window, and where
+    none can be stored, its fingerprint. There is no queue: a fifth send at once is dropped."""
+
+    def __init__(self) -> None:
+        import atexit
+        import threading
+
+        self.lock = threading.RLock()  # a signal handler may track, too
+        self.calls: list[_Call] = []
+        self.window_end = 0
+        self.fingerprint = ""
+        self.warned = False
+        atexit.register(_at_exit)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=_before_fork)
+
+    def start(self, call: _Call) -> "threading.Thread":
+        """Raises _Off, and RuntimeError where threads cannot start."""
+        import threading
+
+        with self.lock:
+            self.calls = [call for call in self.calls if call.thread.is_alive()]
+            if len(self.calls) >= _SENDS_AT_ONCE:
+                raise _Off(f"{_SENDS_AT_ONCE} sends are under way already")
+            call.thread = threading.Thread(target=_shielded, args=(self.run, call), daemon=True)
+            call.thread.name = "telemetry"
+            call.thread.start()
+            self.calls.append(call)
+        return call.thread
+
+    def run(self, call: _Call) -> None:
+        """What the thread does."""
+        try:
+            self.deliver(call)
+        except (_Off, OSError, ImportError) as reason:
+            if isinstance(reason, _Invalid):
+                self.warn(reason)
+            call.outcome, call.text = "off", _one_line(reason)
+        _debug(call.tool, f"{call.outcome}: {call.text}")
+
+    def deliver(self, call: _Call) -> None:
+        """From the config to the answer. Raises _Off, OSError: nothing was sent."""
+        config = self.configure(call)
+        to_go, _, reason = _read_cooldown(call.directory, call.url)
+        if to_go and not call.in_cooldown:
+            raise _Off(f"cooling down for {to_go} s: {reason}")
+        fingerprint = self.identify(call.directory)
+        request = _request(call, config, fingerprint, self.window(call.started))
+        if call.asked:
+            _debug(call.tool, _rendered(request, config))
+        retry_after = _send(request, call)
+        if call.outcome == "sent":
+            _end_cooldown(call.directory)
+        elif retry_after or call.is_used_up():
+            _start_cooldown(call, retry_after)
+
+    def configure(self, call: _Call) -> TelemetryConfig:
+        """The settings; the budget and the URL go to the call. Raises _Off, OSError."""
+        if call.config and len(call.config) == _HEAD_BYTES:
+            call.config = _read_config(call.directory)
+        config, is_stored = _configured(call.directory, call.config)
+        if not config.enabled:
+            raise _Off(f"{_config_path(call.directory)} says enabled = false")
+        call.deadline = call.began + config.timeout_ms / 1000
+        call.url = _effective_url(call.tool, call.endpoint, config)
+        if is_stored:
+            return config
+        call.config = _introduce(call)
+        return self.configure(call)
+
+    def identify(self, directory: str) -> str:
+        """The fingerprint: the one on disk, or where none can be stored, one of this process."""
+        try:
+            return _kept_fingerprint(directory)
+        except OSError:
+            with self.lock:
+                self.fingerprint = self.fingerprint or _new_fingerprint()
+                return self.fingerprint
+
+    def window(self, started: int) -> tuple[int, int]:
+        """The start and end of a point, after all those before it: Unix nanoseconds."""
+        with self.lock:
+            start = max(started, self.window_end)
+            self.window_end = max(time.time_ns(), start + _WINDOW_NS)
+            return start, self.window_end
+
+    def warn(self, problem: _Invalid) -> None:
+        """Once, and where nobody set logging up, not at all."""
+        logging = sys.modules.get("logging")
+        if logging and not self.warned:
+            self.warned = True
+            logger = logging.getLogger(_module_name())
+            logger.addHandler(logging.NullHandler())  # or else it goes to stderr
+            logger.warning("telemetry is off: %s", problem)
+
+    def wait(self) -> None:
+        """Until each send has come to its end, or to that of its budget."""
+        alive = [call for call in self.calls if call.thread.is_alive()]
+        if alive and sys.stdout:
+            _shielded(sys.stdout.flush)  # who reads from a pipe need not wait, too
+        for call in alive:
+            while call.thread.is_alive() and not call.is_used_up():
+                call.thread.join(min(call.left(), _POLL_SECONDS))
+            if call.url and not call.outcome:
+                call.outcome = "failed"
+                call.text = f"timed out after {call.took()}, {call.phase}"
+                _debug(call.tool, f"{call.outcome}: {call.text}")
+                _start_cooldown(call)
+
+
+def _effective_url(tool: _Tool, override: str | None, config: TelemetryConfig) -> str:
+    """Where to send: the environment decides, else the file, else the tool. Raises _Off."""
+    base, source = tool.endpoint, "the tool's own endpoint"
+    if config.otlp_endpoint is not None:
+        base, source = config.otlp_endpoint, "telemetry.otlp_endpoint"
+    if override is not None:
+        base, source = override, f"{tool.environment}_ENDPOINT"
+    if not base:
+        raise _Off(f"there is no endpoint to send to: {source} is empty")
+    url = _metrics_url(base)
+    if not url:
+        raise _Invalid(f"{source} is {_shown(base)}; allowed: {_URL_ALLOWED}")
+    return url
+
+
+def _one_line(error: Exception) -> str:
+    known = isinstance(error, OSError) and error.strerror
+    return f"{error.filename}: {error.strerror}" if known else str(error)  # type: ignore
+
+
+_tool: _Tool | None = None  # of the last initialize_telemetry()
+_clients: dict[int, OtlpClient] = {}  # by process id: a forked child makes its own
+
+
+def _client() -> OtlpClient:
+    pid = os.getpid()
+    return _clients.get(pid) or _clients.setdefault(pid, OtlpClient())
+
+
+def _at_exit() -> None:
+    try:
+        if os.getpid() in _clients:
+            _shielded(_client().wait)
+    except (KeyboardInterrupt, SystemExit):  # a signal: the wait is over
+        pass
+
+
+def _before_fork() -> None:
+    """Python 3.12 warns of forking beside a thread: of ours, the host knows nothing."""
+    import threading
+    import warnings
+
+    client = _clients.get(os.getpid())
+    ours = [call for call in client.calls if call.thread.is_alive()] if client else []
+    if ours and threading.active_count() == len(ours) + 1:
+        message = r".*use of fork\(\) may lead to deadlocks"
+        warnings.filterwarnings("ignore", message, DeprecationWarning)
+
+
+def _shielded(function: "Callable[..., Any]", *args: "Any") -> "Any":
+    """What function returns; None where it raises, for the host is not to know."""
+    try:
+        return function(*args)
+    except Exception as error:
+        _debug(_tool or _Tool(), f"off: {error!r}")
+        return None
+
+
+def _admitted(tool: _Tool) -> tuple[str, bytes | None]:
+    """The state directory and the head of the config in it. Raises _Off, OSError."""
+    _check_switches(tool)
+    directory = _state_directory(tool)
+    head = _read_config(directory, _HEAD_BYTES)
+    if head and _says_off(head):
+        raise _Off(f"{_config_path(directory)} says enabled = false")
+    return directory, head
+
+
+def _prepare(tool: _Tool, name: object, endpoint: str | None) -> _Call:
+    """What must be seen at the call, and no more. Raises _Off, OSError."""
+    call = _Call(tool, name, endpoint)
+    if not _is_command(name, tool.commands):
+        raise _Off("what was given is not the name of a command")
+    call.directory, call.config = _admitted(tool)
+    config = call.config or b""
+    in_file = b"endpoint" in config or b"\\" in config or len(config) == _HEAD_BYTES
+    if not (tool.endpoint or in_file if endpoint is None else endpoint):
+        raise _Off("there is no endpoint to send to")
+    return call
+
+
+def _track(name: object) -> "threading.Thread | None":
+    tool = _tool or _Tool()
+    try:
+        call = _prepare(tool, name, os.environ.get(f"{tool.environment}_ENDPOINT"))
+        return _client().start(call)
+    except (_Off, OSError) as reason:
+        _debug(tool, f"off: {_one_line(reason)}")
+        return None
+
+
+def track_command_execution(name: str) -> "threading.Thread | None":
+    """Count one run of the command `name`, which is `[A-Za-z][A-Za-z0-9_-]{0,63}`.
+
+    Returns the daemon thread that carries it, None where nothing will be sent. Raises nothing,
+    prints nothing but the first run's notice. At exit the process waits for what is left of
+    `timeout_ms`, and no longer.
+    """
+    thread: threading.Thread | None = _shielded(_track, name)
+    return thread
+
+
+def initialize_telemetry(
+    *,
+    service_name: str | None = None,
+    service_version: str | None = None,
+    endpoint: str | None = None,
+    metric_name: str | None = None,
+    directory: "str | os.PathLike[str] | None" = None,
+    environment: str | None = None,
+    prog: str | None = None,
+    commands: "Iterable[str] | None" = None,
+) -> None:
+    """Say which tool this is; what is not given stays as in the constants, which explain each.
+
+    Opens nothing and raises nothing. A value of the wrong type turns telemetry off, and
+    `status` tells which. The last call before a track decides.
+    """
+    given = dict(locals())
+    global _tool
+    _tool = _Tool(**given)
+
+
+def get_user_fingerprint() -> str:
+    """The anonymous fingerprint: 64 lower-case hex digits (1 to 64, if another tool made it).
+
+    Made and stored where there is none. Where telemetry is off, or it cannot be stored, one
+    that serves this process alone. Raises nothing.
+    """
+    try:
+        directory, _ = _admitted(_tool or _Tool())
+    except (_Off, OSError):
+        directory = ""
+    return _client().identify(directory)
+
+
+# The command line: from here on, nothing runs inside a host tool.
+
+
+def main(argv: "list[str] | None" = None, prog: str | None = None) -> int:
+    """The command line, also hung under a tool's own command: `main(args, prog="acme telemetry")`.
+
+    Returns the exit code: 0, 1 for an error or an invalid config, 2 for a wrong usage.
+    """
+    tool = _tool or _Tool()
+    if prog:
+        tool.prog = prog
+    label = tool.prog.removeprefix("python -m ")
+    try:
+        options = _parser(tool.prog, label).parse_args(argv)
+        code = int(options.run(tool, options))
+        if sys.stdout:
+            sys.stdout.flush()
+    except SystemExit as stop:  # of argparse: --help, --version, a wrong usage
+        return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:  # such as `| head -0`; the interpreter flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (_Off, OSError, ImportError) as error:
+        _say(f"{label}: error: {_one_line(error)}")
+        return 1
+    return code
+
+
+def _parser(prog: str, label: str) -> "argparse.ArgumentParser":
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> "NoReturn":
+            self.exit(2, f"{label}: error: {message}\n")
+
+    parser = Parser(prog=prog, description="Look inside usage telemetry, and decide.")
+    parser.add_argument("--version", action="version", version=f"{label} {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(run: "Callable[..., int]", name: str, *alias: str, text: str) -> "Any":
+        command = commands.add_parser(name, aliases=alias, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    status = add(_run_status, "status", text="tell whether it is on, why, and where to")
+    status.add_argument("--json", action="store_true", help="the same facts as JSON")
+    add(_run_enable, "enable", "on", text="turn it on in config.toml")
+    add(_run_disable, "disable", "off", text="turn it off in config.toml")
+    preview = add(_run_preview, "preview", text="show the exact request; send nothing")
+    preview.add_argument("command", metavar="COMMAND", nargs="?", default="build")
+    track = add(_run_track, "track", text="send one data point, wait, and tell what came of it")
+    track.add_argument("command", metavar="COMMAND")
+    track.add_argument("--endpoint", metavar="URL", help="send it there")
+    add(_run_reset, "reset", text="forget the fingerprint")
+    add(
+        _run_selftest, "selftest", text="try all of it on this machine, with a collector of its own"
+    )
+    return parser
+
+
+def _facts(tool: _Tool) -> "dict[str, Any]":
+    """What `status` tells, by the keys of its JSON."""
+    problems: list[Exception] = []
+
+    def attempt(step: "Callable[..., Any]", *args: object) -> "Any":
+        try:
+            return step(*args)
+        except (_Off, OSError, ImportError) as problem:
+            problems.append(problem)
+            return None
+
+    attempt(_check_switches, tool)
+    directory = attempt(_state_directory, tool) or ""
+    before = len(problems)
+    raw = attempt(_read_config, directory) if directory else None
+    stored = "none" if len(problems) == before else "unreadable"
+    config, is_stored = attempt(_configured, directory, raw) or (None, False)
+    if config is None:
+        stored, config = "invalid", TelemetryConfig({})
+    elif is_stored:
+        stored = "on" if config.enabled else "off"
+    if not config.enabled:
+        problems.append(_Off(f"{_config_path(directory)} says enabled = false"))
+    endpoint = os.environ.get(f"{tool.environment}_ENDPOINT")
+    url = attempt(_effective_url, tool, endpoint, config) or ""
+    to_go, _, reason = _read_cooldown(directory, url)
+    on = f"{_config_path(directory)} says so" if is_stored else "the default"
+    return {
+        "state": "off" if problems else "on",
+        "reason": _one_line(problems[0]) if problems else on,
+        "invalid": [_one_line(p) for p in problems if isinstance(p, _Invalid)],
+        "stored": stored,
+        "endpoint": url or None,
+        "encrypted": url.startswith("https:") if url else None,
+        "timeout_ms": config.timeout_ms,
+        "headers": sorted(config.otlp_headers),
+        "fingerprint": _stored_fingerprint(directory) or None,
+        "cooldown_seconds": to_go,
+        "cooldown_reason": reason if to_go else None,
+        "directory": directory or None,
+        "config": _config_path(directory) if directory else None,
+        "version": __version__,
+    }
+
+
+def _run_status(tool: _Tool, options: "argparse.Namespace") -> int:
+    from json import dumps
+    from urllib.parse import urlsplit
+
+    facts = _facts(tool)
+    if options.json:
+        print(dumps(facts, indent=2))
+        return 1 if facts["invalid"] else 0
+    host = urlsplit(facts["endpoint"] or "").hostname or "localhost"
+    is_local = host in ("localhost", "::1") or host.startswith("127.")
+    in_clear = facts["encrypted"] is False and not is_local
+    end = time.strftime("%H:%M:%S", time.localtime(time.time() + facts["cooldown_seconds"]))
+    cooling = f"until {end} ({facts['cooldown_seconds']} s): {facts['cooldown_reason']}"
+    rows = {
+        "because": facts["reason"],
+        "invalid": "; ".join(facts["invalid"]),
+        "stored": facts["stored"],
+        "endpoint": facts["endpoint"] or "none",
+        "mind": "http is not encrypted; anybody on the way can read along" if in_clear else "",
+        "headers": ", ".join(facts["headers"]),
+        "timeout": f"{facts['timeout_ms']} ms",
+        "fingerprint": facts["fingerprint"] or "none yet",
+        "cool-down": cooling if facts["cooldown_seconds"] else "none",
+        "config": facts["config"] or "none",
+        "change it": f"{tool.prog} enable | disable",
+        "look inside": f"{tool.prog} preview",
+    }
+    print(f"Telemetry: {facts['state'].upper()}")
+    for name, text in rows.items():
+        if text:
+            print(f"  {name:<13}{text}")
+    return 1 if facts["invalid"] else 0
+
+
+def _run_enable(tool: _Tool, options: "argparse.Namespace") -> int:
+    return _set_enabled(tool, True)
+
+
+def _run_disable(tool: _Tool, options: "argparse.Namespace") -> int:
+    return _set_enabled(tool, False)
+
+
+def _set_enabled(tool: _Tool, enabled: bool) -> int:
+    """Change the one value. Raises _Off, OSError: the file is then untouched."""
+    directory = _state_directory(tool)
+    path = os.path.realpath(_config_path(directory))
+    with _Lock(directory):
+        found = _read_config(directory)
+        try:
+            config = _edited(found, tool, enabled)
+        except _Off as problem:
+            raise _Off(f"{path}: {problem}; nothing was changed") from None
+        if config != found:
+            _write(path, config, new=found is None, like="" if found is None else path)
+    print(f"Telemetry is {'on' if enabled else 'off'} in {path}")
+    if enabled and _end_cooldown(directory):
+        print("The cool-down was ended.")
+    facts = _facts(tool)
+    if facts["state"] != ("on" if enabled else "off") or "is set to" in facts["reason"]:
+        print(f"It is {facts['state']} all the same: {facts['reason']}")
+    return 0
+
+
+def _edited(found: bytes | None, tool: _Tool, enabled: bool) -> bytes:
+    """The config with telemetry.enabled set, and every other byte kept. Raises _Off."""
+    if found is None:
+        return _with_table(b"", tool, enabled)
+    before = _parse(found, str)  # floats as text, since nan is not equal to itself
+    if "telemetry" not in before:
+        return _with_table(found, tool, enabled)
+    table = before["telemetry"]
+    if not isinstance(table, dict):
+        raise _bad("", table, "a table")
+    if table.get("enabled", True) is enabled:
+        return found
+    value = str(enabled).lower()
+    wanted = {**before, "telemetry": {**table, "enabled": enabled}}
+    for text in _candidates(found.decode(), "enabled" in table, value):
+        try:
+            if _parse(text.encode(), str) == wanted:
+                return text.encode()
+        except _Invalid:
+            continue
+    raise _Off(f"too unusual to be edited; write `enabled = {value}` into [telemetry] by hand")
+
+
+def _candidates(text: str, has_key: bool, value: str) -> "Iterator[str]":
+    """Edits one of which should be the right one; a parser will tell."""
+    import re
+
+    newline = "\r\n" if "\r\n" in text else "\n"
+    name = r"""(?:telemetry|"telemetry"|'telemetry')[ \t]*"""
+    if has_key:
+        start, end = _span_of_enabled(text)
+        yield text[:start] + value + text[end:]
+        return
+    for header in re.finditer(rf"(?m)^[ \t]*\[[ \t]*{name}\][^\n]*$\n?", text):
+        gap = "" if header[0].endswith("\n") else newline
+        yield f"{text[: header.end()]}{gap}enabled = {value}{newline}{text[header.end() :]}"
+    for inline in re.finditer(rf"{name}=[ \t]*\{{[ \t]*(\}}?)", text):
+        at = inline.start(1)
+        yield f"{text[:at]}enabled = {value}{'' if inline[1] else ', '}{text[at:]}"
+    for dotted in re.finditer(rf"(?m)^[ \t]*{name}\.", text):
+        at = dotted.start()
+        yield f"{text[:at]}telemetry.enabled = {value}{newline}{text[at:]}"
+    yield f"{text.rstrip()}{newline}[telemetry]{newline}enabled = {value}{newline}"
+
+
+def _span_of_enabled(text: str) -> tuple[int, int]:
+    """Where the value of telemetry.enabled stands. Raises _Invalid.
+
+    A comment, a string or another table may hold the same text; so each value that it could be
+    is given a number of its own, and one parse tells which of the numbers came to stand there.
+    """
+    import re
+
+    value = r"""true|false|(?!'''|\"{3})(?:"[^"\\\n]*"|'[^'\n]*'|[^\s,#"'\[\]{}]+)"""
+    matches = list(re.finditer(rf"""enabled["']?[ \t]*=[ \t]*({value})""", text))
+    numbered, end = "", 0
+    for number, match in enumerate(matches):
+        numbered += f"{text[end : match.start(1)]}{number}"
+        end = match.end(1)
+    found = _parse(f"{numbered}{text[end:]}".encode())["telemetry"]["enabled"]
+    return matches[found].span(1) if type(found) is int else (0, 0)
+
+
+def _run_preview(tool: _Tool, options: "argparse.Namespace") -> int:
+    if not _is_command(options.command, tool.commands):
+        raise _Off(f"{_shown(options.command)} may not be counted; it would be dropped")
+    facts = _facts(tool)
+    call = _Call(tool, options.command, None)
+    call.url = facts["endpoint"] or "http://no-endpoint/v1/metrics"
+    config = TelemetryConfig({})
+    if facts["stored"] in ("on", "off"):
+        config, _ = _configured(facts["directory"], _read_config(facts["directory"]))
+    fingerprint = facts["fingerprint"] or "made-by-the-first-send"
+    request = _request(call, config, fingerprint, _client().window(call.started))
+    print(_rendered(request, config))
+    if facts["state"] == "off":
+        _say(f"It is not sent, telemetry is off: {facts['reason']}")
+    return 0
+
+
+def _run_track(tool: _Tool, options: "argparse.Namespace") -> int:
+    endpoint = options.endpoint or os.environ.get(f"{tool.environment}_ENDPOINT")
+    if options.endpoint is not None and not _metrics_url(options.endpoint):
+        raise _Invalid(f"--endpoint is {_shown(options.endpoint)}; allowed: {_URL_ALLOWED}")
+    if not _is_command(options.command, tool.commands):
+        raise _Off(f"{_shown(options.command)} may not be counted; it would be dropped")
+    try:
+        call = _prepare(tool, options.command, endpoint)
+        call.asked = call.in_cooldown = True
+        _client().start(call)
+        _client().wait()
+    except (_Off, OSError, RuntimeError) as reason:
+        print(f"Not sent, telemetry is off: {_one_line(reason)}")
+        return 0
+    if call.outcome == "off":
+        print(f"Not sent, telemetry is off: {call.text}")
+    elif call.outcome == "sent":
+        print(f"Sent to {call.url}: {call.text}")
+    else:
+        raise _Off(f"not sent to {call.url}: {call.text or call.phase}{_issuer(call)}")
+    return 0
+
+
+def _issuer(call: _Call) -> str:
+    """Which authority signed the certificate that was not accepted, for whoever looks for it."""
+    if not call.text.startswith("certificate"):
+        return ""
+    import ssl
+    from urllib.parse import urlsplit
+
+    server = urlsplit(call.url)
+    try:
+        address = (server.hostname or "", server.port or 443)
+        certificate = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(address, timeout=2))
+    except (OSError, ValueError):
+        return ""
+    # X.520 commonName; the issuer's stands before the subject's (RFC 5280, section 4.1).
+    _, _, rest = certificate.partition(b"\x06\x03\x55\x04\x03")
+    return (
+        f"; it is signed by {_plain(rest[2 : 2 + rest[1]].decode(errors='replace'))}"
+        if rest
+        else ""
+    )
+
+
+def _run_reset(tool: _Tool, options: "argparse.Namespace") -> int:
+    path = os.path.join(_state_directory(tool), "fingerprint")
+    with _Lock(_state_directory(tool)):
+        found = os.path.lexists(path)
+        if found:
+            os.unlink(path)
+    print(f"{'Forgotten' if found else 'There is none'}: {path}")
+    return 0
+
+
+_SELFTEST_PROCESS = """
+import importlib, json, sys
+name, sys.path[:], given = json.loads(sys.argv[1])
+module = importlib.import_module(name)
+module.initialize_telemetry(**given)
+module.track_command_execution("selftest")
+"""
+
+
+def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
+    """Each step is a fresh process that ends right after its call, as a tool's would."""
+    import tempfile
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise _Off("selftest has to start Python, and this program brings none that it could start")
+    bodies: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with tempfile.TemporaryDirectory() as home:
+            passed = _selftest(tool, home, f"http://127.0.0.1:{server.server_port}", bodies)
+        server.shutdown()
+    print("All passed." if passed else "FAILED.")
+    return 0 if passed else 1
+
+
+def _selftest(tool: _Tool, home: str, url: str, bodies: list[bytes]) -> bool:
+    import json
+    import subprocess
+
+    state = os.path.join(home, "state")
+    given = {name: getattr(tool, name) for name in ("service_name", "service_version")}
+    given |= {name: getattr(tool, name) for name in ("metric_name", "environment", "prog")}
+    given |= {"endpoint": url, "directory": state}
+    here = [] if __package__ else [os.path.dirname(os.path.abspath(__file__))]
+    argument = json.dumps([_module_name(), [*here, *sys.path], given])
+    command = [sys.executable, "-B", "-c", _SELFTEST_PROCESS, argument]
+    ours = ("DO_NOT_TRACK", tool.environment, f"{tool.environment}_")
+    base = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")}
+    base = {k: v for k, v in base.items() if not k.startswith(ours)} | {"HOME": home}
+    results: list[bool] = []
+
+    def run(**more: str) -> str:
+        done = subprocess.run(command, env=base | more, capture_output=True, check=False)
+        return done.stderr.decode().strip() if not done.returncode else f"exit {done.returncode}"
+
+    def step(name: str, check: "Callable[[], bool]") -> None:
+        began = time.perf_counter()
+        results.append(bool(_shielded(check)))
+        took = (time.perf_counter() - began) * 1000
+        print(f"{'ok' if results[-1] else 'FAILED':<8}{name:<44}{took:8.1f} ms")
+
+    def payload() -> bool:
+        point = json.loads(bodies[0])["resourceMetrics"][0]["scopeMetrics"][0]["metrics"][0]["sum"]
+        window = [int(v) for k, v in point["dataPoints"][0].items() if k.endswith("UnixNano")]
+        call = _Call(tool, "selftest", None)
+        call.url = url
+        fingerprint = _stored_fingerprint(state)
+        request = _request(call, TelemetryConfig({}), fingerprint, (window[0], window[1]))
+        return request.data == bodies[0] and window[1] - window[0] >= _WINDOW_NS
+
+    notice = _notice(tool, f"{url}/v1/metrics")
+    step("first run: notice, delivery", lambda: run() == notice and len(bodies) == 1)
+    step("config: made and valid", lambda: _configured(state, _read_config(state))[1])
+    step("fingerprint: 64 hex digits", lambda: len(_stored_fingerprint(state)) == 64)
+    step("payload: as specified, to the byte", payload)
+    print(*(body.decode() for body in bodies[:1]))
+    step("second run: silent delivery", lambda: run() == "" and len(bodies) == 2)
+    step("off: DO_NOT_TRACK=1", lambda: run(DO_NOT_TRACK="1") == "" and len(bodies) == 2)
+    off = {tool.environment: "0"}
+    step(f"off: {tool.environment}=0", lambda: run(**off) == "" and len(bodies) == 2)
+    _write(_config_path(state), _edited(_read_config(state), tool, False))
+    step("off: enabled = false", lambda: run() == "" and len(bodies) == 2)
+    return all(results)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
