@@ -102,7 +102,8 @@ def home(tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.upper().endswith("_PROXY") or name.startswith(("TRIX_", "SSL_CERT_", "OTEL_")):
             monkeypatch.delenv(name)
-    monkeypatch.delenv("DO_NOT_TRACK", raising=False)
+    for name in ("DO_NOT_TRACK", "PYTHONUNBUFFERED", "PYTHONWARNINGS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(trix_telemetry, "_tool", None)
@@ -761,3 +762,967 @@ def test_a_proxy_of_the_environment_is_honoured(here, monkeypatch):
     track()
     assert (len(proxy.requests), len(here.requests)) == (1, 1)
     proxy.close()
+
+
+# Delivery from a process that ends at once
+
+
+def test_200_of_200_processes_that_end_at_once_deliver(here, config):
+    config(timeout_ms=30_000)
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
+    code += "t.track_command_execution('build')"
+    running = []
+    for _ in range(200):
+        if len(running) == 8:
+            assert running.pop(0).wait(FAR) == 0
+        running.append(subprocess.Popen([sys.executable, "-c", code]))
+    assert [process.wait(FAR) for process in running] == [0] * 8
+    assert len(here.requests) == 200
+    assert len({point.resource["user.fingerprint"] for point in here.points}) == 1
+
+
+@pytest.mark.parametrize("table", [None, "[other]\na = 1\n"])
+def test_40_first_runs_at_the_same_moment(here, state, config, table):
+    if table:
+        config(table)
+    go = time.time() + 3
+    code = f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
+    code += f"time.sleep(max(0, {go} - time.time())); t._TIMEOUT_MS = 30_000\n"
+    code += "t.track_command_execution('build')"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        for _ in range(40)
+    ]
+    notices = [process.communicate(timeout=2 * FAR)[1] for process in processes]
+    assert sorted(map(bool, notices)) == [False] * 39 + [True]
+    assert len(here.requests) == 40
+    assert len({point.resource["user.fingerprint"] for point in here.points}) == 1
+    assert sorted(path.name for path in state.iterdir()) == ["config.toml", "fingerprint"]
+    assert (state / "config.toml").read_text().count("[telemetry]") == 1
+
+
+def test_many_that_find_junk_agree_on_one_fingerprint(here, state, config):
+    config(timeout_ms=30_000)
+    (state / "fingerprint").write_text("junk")
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
+    code += "t.track_command_execution('build')"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(16)]
+    assert [process.wait(FAR) for process in processes] == [0] * 16
+    stored = (state / "fingerprint").read_text()
+    assert {point.resource["user.fingerprint"] for point in here.points} == {stored}
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(state, config):
+    wanted = {"[telemetry]\nenabled = true\n", "[telemetry]\nenabled = false\n"}
+    path = config("[telemetry]\nenabled = true\n")
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t
+        t.main(["status"])
+        print("ready", flush=True)
+        while True:
+            t.main(["disable"]); t.main(["enable"])
+    """
+    for delay in range(12):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        while process.stdout.readline() != "ready\n":
+            pass
+        time.sleep(0.001 + delay * 0.0007)
+        process.kill()
+        process.communicate()
+        assert path.read_text() in wanted
+        assert trix_telemetry.main(["enable"]) == 0
+
+
+def test_threads_that_call_at_once_share_one_handle(here, config):
+    config(enabled=True)
+    barrier = threading.Barrier(4)
+    handles = []
+
+    def call():
+        barrier.wait()
+        track()
+        handles.append(trix_telemetry._client())
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(FAR)
+    assert len(here.requests) == 4
+    assert len(set(map(id, handles))) == 1
+
+
+# A hostile network: raw servers on loopback, and a small budget
+
+
+class Hostile:
+    """A listening socket whose connections a function speaks with, each on its own thread."""
+
+    def __init__(self, speak, backlog=16):
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=backlog)
+        self.address = "127.0.0.1:%d" % self.socket.getsockname()[1]
+        self.accepted = 0
+        self.speak = speak
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.socket.accept()
+                self.accepted += 1
+                threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection):
+        with contextlib.suppress(OSError), connection:
+            self.speak(connection)
+
+    def close(self):
+        self.socket.close()
+
+
+@pytest.fixture
+def hostile():
+    servers = []
+
+    def serve(speak):
+        servers.append(Hostile(speak))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.close()
+
+
+def drip(first, more, pause):
+    def speak(connection):
+        connection.recv(65536)
+        connection.sendall(first)
+        for _ in range(int(FAR / pause)):
+            connection.sendall(more)
+            time.sleep(pause)
+
+    return speak
+
+
+def say(*parts):
+    def speak(connection):
+        connection.recv(65536)
+        for part in parts:
+            connection.sendall(part)
+
+    return speak
+
+
+def silence(connection):
+    time.sleep(FAR)
+
+
+def reset(connection):
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def flood(connection):
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n")
+    while True:
+        connection.sendall(b"x" * 65536)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+HOLDS = {
+    "says nothing": silence,
+    "a header every 300 ms": drip(OK, b"X-A: b\r\n", 0.3),
+    "endless 100 Continue": drip(b"", CONTINUE, 0.05),
+    "a byte of the status every 100 ms": drip(b"", b"H", 0.1),
+}
+FAILS_AT_ONCE = {
+    "a flood of 100 Continue": drip(b"", CONTINUE * 40_000, 1),
+    "noise": say(random.Random(1).randbytes(4096)),
+    "a reset": reset,
+    "a close": say(),
+    "an endless header": drip(OK, b"x" * 65536, 0.001),
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_one_budget_for_whatever_holds_the_line(hostile, config, state, name):
+    server = hostile(HOLDS[name])
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=400)
+    began = time.monotonic()
+    done = tool()
+    assert silent(done), done.stderr
+    assert time.monotonic() - began < FAR / 3
+    assert "timed out after" in (state / "cooldown").read_text()
+    assert "waiting for the answer" in (state / "cooldown").read_text()
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_the_thread_ends_with_the_budget_too(hostile, config, name):
+    server = hostile(HOLDS[name])
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=300)
+    thread = trix_telemetry.track_command_execution("build")
+    thread.join(FAR / 3)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("name", FAILS_AT_ONCE)
+def test_what_fails_at_once_costs_no_time_and_starts_no_cool_down(hostile, config, state, name):
+    server = hostile(FAILS_AT_ONCE[name])
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=1000 * FAR)
+    assert silent(tool(timeout=FAR / 2))
+    assert not (state / "cooldown").exists()
+
+
+def test_a_body_of_10_gb_is_not_read(hostile, config, state):
+    config(otlp_endpoint=f"http://{hostile(flood).address}", timeout_ms=1000 * FAR)
+    assert silent(tool(timeout=FAR / 2))
+    done = tool(env={"TRIX_TELEMETRY_DEBUG": "1"}, timeout=FAR / 2)
+    assert "sent: HTTP 200" in done.stderr
+
+
+def test_a_body_that_drips_does_not_hold_the_process(hostile, config, state):
+    dripping = drip(OK + b"Content-Length: 1000\r\n\r\n", b"x", 0.2)
+    config(otlp_endpoint=f"http://{hostile(dripping).address}", timeout_ms=1000 * FAR)
+    assert silent(tool(timeout=FAR / 2))
+    config(otlp_endpoint=f"http://{hostile(dripping).address}", timeout_ms=500)
+    done = tool(env={"TRIX_TELEMETRY_DEBUG": "1"}, timeout=FAR / 2)
+    assert "sent: HTTP 200" in done.stderr
+
+
+def test_connects_that_never_complete(config, state):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        address = listening.getsockname()
+        fill = [socket.socket() for _ in range(4)]
+        for each in fill:
+            each.setblocking(False)
+            each.connect_ex(address)
+        config(otlp_endpoint=f"http://127.0.0.1:{address[1]}", timeout_ms=400)
+        done = tool(timeout=FAR / 3)
+        for each in fill:
+            each.close()
+    assert silent(done)
+    assert "connecting to 127.0.0.1" in (state / "cooldown").read_text()
+
+
+RESOLVER = """
+import socket, sys, time
+def getaddrinfo(host, port, *args, **options):
+    time.sleep({sleep})
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, {port})) for a in {addresses}]
+socket.getaddrinfo = getaddrinfo
+trix_telemetry.track_command_execution("build")
+"""
+
+
+def test_a_resolver_that_takes_20_seconds(config, state):
+    config(otlp_endpoint="http://slow.example", timeout_ms=400)
+    done = tool(RESOLVER.format(sleep=20, addresses=[], port=1), timeout=FAR / 2)
+    assert silent(done)
+    assert "looking up slow.example" in (state / "cooldown").read_text()
+
+
+def test_a_dead_address_does_not_take_the_whole_budget(collector, config):
+    port = collector.server.server_port
+    listening = socket.create_server(("127.0.0.2", port), backlog=0)
+    fill = [socket.socket() for _ in range(4)]
+    for each in fill:
+        each.setblocking(False)
+        each.connect_ex(("127.0.0.2", port))
+    config(otlp_endpoint="http://several.example", timeout_ms=4000)
+    addresses = ["127.0.0.2", "127.0.0.3", "127.0.0.1"]
+    done = tool(RESOLVER.format(sleep=0, addresses=addresses, port=port))
+    for each in (*fill, listening):
+        each.close()
+    assert silent(done)
+    assert collector.commands == ["build"]
+
+
+def test_three_dead_addresses_share_one_budget(config, state):
+    listening = socket.create_server(("127.0.0.2", 0), backlog=0)
+    port = listening.getsockname()[1]
+    fill = [socket.socket() for _ in range(4)]
+    for each in fill:
+        each.setblocking(False)
+        each.connect_ex(("127.0.0.2", port))
+    config(otlp_endpoint="http://several.example", timeout_ms=600)
+    code = RESOLVER.format(sleep=0, addresses=["127.0.0.2"] * 3, port=port)
+    done = tool(f"{code}\ntime.sleep(0.9); import threading; assert threading.active_count() == 1")
+    for each in (*fill, listening):
+        each.close()
+    assert silent(done), done.stderr
+    assert (state / "cooldown").exists()
+
+
+def test_a_name_that_does_not_resolve(config, state):
+    config(otlp_endpoint="http://nowhere.invalid", timeout_ms=1000 * FAR)
+    code = "import socket\ndef fail(*a, **k): raise socket.gaierror(-2, 'Name not known')\n"
+    code += "socket.getaddrinfo = fail; trix_telemetry.track_command_execution('build')"
+    assert silent(tool(code))
+    done = tool(code, env={"TRIX_TELEMETRY_DEBUG": "1"})
+    assert "failed: unknown host, looking up nowhere.invalid: Name not known" in done.stderr
+    assert not (state / "cooldown").exists()
+
+
+def test_a_refused_connection_starts_no_cool_down(config, state):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    config(otlp_endpoint=f"http://127.0.0.1:{port}", timeout_ms=1000 * FAR)
+    assert silent(tool())
+    assert not (state / "cooldown").exists()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("target", ["{url}/elsewhere", "file:///etc/passwd", "//other.invalid/"])
+def test_redirects_are_not_followed(here, monkeypatch, status, target):
+    here.answer = (status, {"Location": target.format(url=here.url)}, b"")
+    monkeypatch.setenv("TRIX_TELEMETRY_DEBUG", "1")
+    done = tool()
+    assert f"failed: HTTP {status} after" in done.stderr
+    assert "not followed" in done.stderr
+    assert len(here.requests) == 1
+
+
+@pytest.mark.parametrize("status", [201, 202, 204, 299])
+def test_any_2xx_is_a_success(here, status):
+    here.answer = (status, {}, b"")
+    assert "sent: HTTP" in tool(env={"TRIX_TELEMETRY_DEBUG": "1"}).stderr
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 429, 500, 502, 503])
+def test_other_statuses_fail_in_silence(here, config, state, status):
+    config(enabled=True)
+    here.answer = (status, {}, b"go away \x1b[31m")
+    assert silent(tool())
+    done = tool(env={"TRIX_TELEMETRY_DEBUG": "1"})
+    assert re.search(rf"failed: HTTP {status} after \d+ ms: go away \?\[31m", done.stderr)
+    assert not (state / "cooldown").exists()
+
+
+# Cool-down
+
+
+def hold(hostile, config, **settings):
+    server = hostile(silence)
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=150, **settings)
+    return server
+
+
+def cooldown(state):
+    until, seconds, url, reason = (state / "cooldown").read_text().rstrip("\n").split(" ", 3)
+    return int(until) - time.time(), int(seconds), url, reason
+
+
+def test_a_budget_used_up_is_not_paid_for_again(hostile, config, state):
+    server = hold(hostile, config)
+    track()
+    to_go, seconds, url, _ = cooldown(state)
+    assert (seconds, url) == (60, f"http://{server.address}/v1/metrics")
+    assert 50 < to_go <= 60
+    track()
+    assert silent(tool())
+    assert server.accepted == 1
+    assert stat.S_IMODE((state / "cooldown").stat().st_mode) == 0o600
+
+
+def test_it_is_written_when_the_process_ends_first(config, state):
+    config(otlp_endpoint="http://slow.example", timeout_ms=300)
+    assert silent(tool(RESOLVER.format(sleep=20, addresses=[], port=1)))
+    assert cooldown(state)[1] == 60
+
+
+def test_it_doubles_to_an_hour(hostile, config, state):
+    hold(hostile, config)
+    lengths = []
+    for _ in range(8):
+        track()
+        until, seconds, rest = (state / "cooldown").read_text().split(" ", 2)
+        lengths.append(int(seconds))
+        (state / "cooldown").write_text(f"{int(until) - 4000} {seconds} {rest}")
+    assert lengths == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+
+
+def test_processes_beside_each_other_start_one_cool_down(hostile, config, state):
+    hold(hostile, config)
+    threads = [trix_telemetry.track_command_execution("build") for _ in range(4)]
+    for thread in threads:
+        thread.join(FAR)
+    assert cooldown(state)[1] == 60
+
+
+@pytest.mark.parametrize("end", ["success", "enable", "another endpoint"])
+def test_what_ends_it(hostile, config, state, collector, end):
+    hold(hostile, config)
+    track()
+    assert (state / "cooldown").exists()
+    if end == "enable":
+        trix_telemetry.main(["enable"])
+    else:
+        if end == "success":
+            (state / "cooldown").write_text(f"0 60 {collector.url}/v1/metrics x\n")
+        config(otlp_endpoint=collector.url)
+        track()
+        assert collector.commands == ["build"]
+    assert not (state / "cooldown").exists()
+
+
+def far(seconds):
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [("120", 120, 120), ("99999", 3600, 3600), ("9" * 5000, 3600, 3600), (far(600), 500, 600)],
+)
+def test_retry_after_is_honoured_within_an_hour(here, config, state, status, value, low, high):
+    config(enabled=True)
+    here.answer = (status, {"Retry-After": value}, b"")
+    track()
+    assert low <= cooldown(state)[1] <= high
+    track()
+    assert len(here.requests) == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "soon", "", "\u00b2", far(-600), "Thu, 99 Foo"])
+def test_a_retry_after_that_says_nothing(here, config, state, value):
+    config(enabled=True)
+    here.answer = (503, {"Retry-After": value}, b"")
+    track()
+    assert not (state / "cooldown").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "junk", "1 2", "{now} 60", "{soon} x {url} r", "{soon} 60 http://other/v1/metrics r",
+        "{far} 60 {url} from the future", "{soon} 999999 {url} r", "{soon} 0 {url} r",
+        "{soon} -60 {url} r", "9" * 5000 + " 60 {url} r", "nan 60 {url} r", "{past} 60 {url} ended",
+    ],
+)  # fmt: skip
+def test_a_damaged_foreign_or_future_file_means_none(here, config, state, text):
+    config(enabled=True)
+    now = int(time.time())
+    url = f"{here.url}/v1/metrics"
+    times = {"now": now, "soon": now + 30, "far": now + 90, "past": now - 1}
+    (state / "cooldown").write_text(text.format(url=url, **times))
+    track()
+    assert here.commands == ["build"]
+
+
+def test_no_message_ends_a_cool_down_that_runs(here, config, state):
+    config(enabled=True)
+    (state / "cooldown").write_text(f"{int(time.time()) + 30} 60 {here.url}/v1/metrics r\n")
+    done = tool(env={"TRIX_TELEMETRY_DEBUG": "1"})
+    assert re.search(r"off: cooling down for \d+ s: r", done.stderr)
+    assert here.requests == []
+
+
+# The end of the process
+
+
+def test_a_command_that_outlasts_its_request_waits_for_nothing(config, state):
+    config(otlp_endpoint="http://slow.example", timeout_ms=100)
+    code = RESOLVER.format(sleep=20, addresses=[], port=1)
+    code += "time.sleep(1)\nbegan = time.monotonic()\nimport atexit, os\n"
+    code += "trix_telemetry._at_exit()\nassert time.monotonic() - began < 0.05"
+    assert silent(tool(code))
+
+
+def test_output_arrives_before_the_wait(hostile, config):
+    server = hostile(silence)
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=1000 * FAR)
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
+    code += "t.track_command_execution('build'); print('done')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "done\n"
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 7), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_the_wait_at_once(hostile, config, sent, code):
+    server = hostile(silence)
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=1000 * FAR)
+    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
+    script += "t.track_command_execution('build'); print('done'); sys.exit(7)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "done\n"
+    time.sleep(0.3)
+    process.send_signal(sent)
+    assert process.communicate(timeout=FAR / 2) == ("", "")
+    assert process.returncode == code
+
+
+def test_exit_code_and_streams_are_those_of_the_tool(hostile, config):
+    hold(hostile, config)
+    done = tool("""
+        trix_telemetry.track_command_execution("build")
+        print("out")
+        raise ValueError("the tool's own")
+    """)
+    assert (done.returncode, done.stdout) == (1, "out\n")
+    assert done.stderr.endswith("ValueError: the tool's own\n")
+    assert "trix_telemetry.py" not in done.stderr
+
+
+def test_a_reader_that_is_gone_changes_nothing(hostile, config):
+    hold(hostile, config)
+    code = "print('x' * 10); import sys; sys.path.insert(0, {!r})\n".format(str(HERE))
+    with_it = code + "import trix_telemetry as t; t.track_command_execution('build')"
+    results = []
+    for script in (code, with_it):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True
+        )
+        os.close(write)
+        results.append((done.returncode, done.stderr))
+    assert results[0] == results[1]
+    assert results[0][0] == 120
+
+
+def test_os_exit_waits_for_nothing(hostile, config):
+    server = hostile(silence)
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=1000 * FAR)
+    done = tool("import os; trix_telemetry.track_command_execution('build'); os._exit(3)")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+@pytest.mark.parametrize("before", ["", "trix_telemetry.track_command_execution('first')\n"])
+def test_a_track_at_interpreter_shutdown(here, config, before):
+    config(enabled=True)
+    code = "import atexit, weakref\nclass A: pass\na = A()\n"
+    code += "atexit.register(trix_telemetry.track_command_execution, 'late')\n"
+    code += f"{before}"
+    code += (
+        "class Last:\n    def __del__(self, t=trix_telemetry.track_command_execution): t('gone')\n"
+    )
+    code += "last = Last()\n"
+    for _ in range(5):
+        assert silent(tool(code))
+    assert here.commands.count("first") == (5 if before else 0)
+
+
+def test_the_thread_imports_only_while_nobody_can_fork(here):
+    code = """
+        import threading
+        loose = []
+        def audit(event, args):
+            if event == "import" and threading.current_thread().name == "telemetry":
+                if not trix_telemetry._client().importing._is_owned():
+                    loose.append(args[0])
+        sys.addaudithook(audit)
+        trix_telemetry.track_command_execution("build").join()
+        print(loose)
+    """
+    for _ in range(2):
+        assert tool(code).stdout == "[]\n"
+    assert here.commands == ["build", "build"]
+
+
+def test_a_fork_at_any_moment_leaves_a_child_that_can_import(here, config):
+    config(enabled=True)
+    code = """
+        import os, sys, time
+        trix_telemetry.track_command_execution("parent")
+        time.sleep({delay})
+        child = os.fork()
+        if child == 0:
+            import tomllib, json, urllib.request, ssl
+            trix_telemetry.track_command_execution("child").join()
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    for step in range(10):
+        done = tool(code.format(delay=step * 0.007), "-W", "error")
+        assert silent(done), done.stderr
+    assert sorted(here.commands) == ["child"] * 10 + ["parent"] * 10
+
+
+def test_an_import_cut_off_by_the_end_does_not_hang_the_process(here, config):
+    config(timeout_ms=1)
+    code = """
+        class Last:
+            def __del__(self):
+                import tomllib, json, urllib.request, ssl
+        last = Last()
+        trix_telemetry.track_command_execution("build")
+    """
+    for _ in range(5):
+        done = tool(code)
+        assert done.returncode == 0
+        (pathlib.Path(os.environ["HOME"]) / ".tx3/trix/cooldown").unlink(missing_ok=True)
+
+
+def test_a_stderr_that_blocks_does_not_break_the_exit(here):
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    done = tool(capture_output=False, stderr=write, stdout=subprocess.DEVNULL)
+    os.close(read)
+    os.close(write)
+    assert done.returncode == 0
+
+
+def test_a_fork_sends_nothing_twice_and_says_nothing(here, config):
+    config(enabled=True)
+    done = tool(
+        """
+        import os, sys
+        trix_telemetry.track_command_execution("parent")
+        child = os.fork()
+        if child == 0:
+            trix_telemetry.track_command_execution("child")
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    """,
+        "-W",
+        "error",
+    )
+    assert silent(done), done.stderr
+    assert sorted(here.commands) == ["child", "parent"]
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_send(hostile, config):
+    server = hostile(silence)
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=1000 * FAR)
+    done = tool(
+        """
+        import os, sys, time
+        trix_telemetry.track_command_execution("parent")
+        time.sleep(0.3)
+        child = os.fork()
+        if child == 0:
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        os._exit(0)
+    """,
+        timeout=FAR / 2,
+    )
+    assert silent(done), done.stderr
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(here, config, home, method):
+    config(enabled=True)
+    script = home / "pool.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import multiprocessing, trix_telemetry as t\n"
+        "def work(n):\n    t.track_command_execution('child').join()\n    return n\n"
+        "if __name__ == '__main__':\n"
+        "    t.track_command_execution('parent')\n"
+        f"    with multiprocessing.get_context({method!r}).Pool(2) as pool:\n"
+        "        assert pool.map(work, range(3)) == [0, 1, 2]\n"
+        "        pool.close(); pool.join()\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=2 * FAR)
+    assert silent(done), done.stderr
+    assert sorted(here.commands) == ["child"] * 3 + ["parent"]
+
+
+def test_an_event_loop_goes_on(here, config):
+    config(enabled=True)
+    done = tool(
+        """
+        import asyncio
+        async def main():
+            trix_telemetry.track_command_execution("build")
+            await asyncio.sleep(0)
+        asyncio.run(main())
+    """,
+        "-X",
+        "dev",
+        "-W",
+        "error",
+    )
+    assert silent(done), done.stderr
+    assert here.commands == ["build"]
+
+
+def test_a_signal_handler_may_track_too(here, config):
+    config(enabled=True)
+    done = tool("""
+        import signal
+        signal.signal(signal.SIGALRM, lambda *_: trix_telemetry.track_command_execution("alarm"))
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        for _ in range(300):
+            trix_telemetry.track_command_execution("build")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    """)
+    assert silent(done), done.stderr
+
+
+def test_at_most_four_sends_are_under_way(hostile, config):
+    server = hostile(silence)
+    config(otlp_endpoint=f"http://{server.address}", timeout_ms=1500)
+    threads = [trix_telemetry.track_command_execution("build") for _ in range(10)]
+    assert [thread is not None for thread in threads] == [True] * 4 + [False] * 6
+    for thread in threads[:4]:
+        thread.join(FAR)
+    assert server.accepted <= 4
+
+
+def test_nothing_grows_over_10000_calls(here, config):
+    config(enabled=True)
+
+    def measure():
+        for thread in threading.enumerate():
+            if thread.name == "telemetry":
+                thread.join(FAR)
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    track()
+    before = measure()
+    for _ in range(10_000):
+        trix_telemetry.track_command_execution("build")
+    after = measure()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1] + 2  # of the collector, which runs in this process
+    assert len(trix_telemetry._client().calls) <= 4
+
+
+# Strange places
+
+
+@pytest.mark.parametrize(
+    "flags", [["-I"], ["-S"], ["-I", "-S"], ["-OO"], ["-X", "dev", "-W", "error"], ["-E", "-B"]]
+)
+def test_flags_of_the_interpreter(here, config, flags):
+    config(enabled=True)
+    assert silent(tool("trix_telemetry.track_command_execution('build')", *flags))
+    assert here.commands == ["build"]
+
+
+@pytest.mark.parametrize("value", [None, "", "relative", "/dev/null", "/proc"])
+def test_a_home_that_is_none(here, value, home):
+    done = tool(env={"HOME": value}, cwd=home)
+    assert silent(done)
+    assert here.requests == []
+    assert list(home.iterdir()) == []
+
+
+@pytest.fixture
+def locked(home, state):
+    """A home of which nothing can be changed, by us neither."""
+    state.mkdir(parents=True)
+    paths = [state, state.parent, home]
+    parents = [path for path in home.parents if "pytest" in path.name]
+
+    def lock():
+        for path in (*paths, *state.iterdir()):
+            path.chmod(0o555)
+        for path in parents:
+            path.chmod(path.stat().st_mode | 0o055)
+
+    yield lock
+    for path in paths:
+        path.chmod(0o755)
+
+
+NOBODY = """
+import os
+import email.utils, encodings.idna, fcntl, hashlib, json, platform, threading, tomllib
+import urllib.request
+if os.geteuid() == 0:  # to whom no permission is denied
+    os.setuid(65534)
+"""
+
+
+def test_a_disk_that_cannot_be_written_without_a_config(here, locked, state):
+    locked()
+    done = tool(f"{NOBODY}\ntrix_telemetry.track_command_execution('build')")
+    assert silent(done), done.stderr
+    assert here.requests == []
+    assert list(state.iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_written_with_a_config(here, config, locked):
+    locked_config = pathlib.Path(os.environ["HOME"]) / ".tx3" / "trix" / "config.toml"
+    locked_config.write_text("[telemetry]\nenabled = true\n")
+    locked()
+    code = "t = trix_telemetry.track_command_execution\nt('build').join(); t('build').join()"
+    done = tool(f"{NOBODY}\n{code}")
+    assert silent(done), done.stderr
+    first, second = (point.resource["user.fingerprint"] for point in here.points)
+    assert first == second
+
+
+def test_a_config_that_cannot_be_read(here, config, locked):
+    path = config(enabled=True)
+    locked()
+    path.chmod(0)
+    done = tool(f"{NOBODY}\ntrix_telemetry.track_command_execution('build')")
+    assert silent(done), done.stderr
+    assert here.requests == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_full_disk(here, config, state, there):
+    if there:
+        config(enabled=True)
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    assert silent(tool(f"{full}trix_telemetry.track_command_execution('build')"))
+    assert here.commands == (["build"] if there else [])
+    assert not state.exists() or [p.name for p in state.iterdir()] == ["config.toml"] * there
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+@pytest.mark.parametrize("there", [True, False])
+def test_closed_streams(here, config, state, there, closed):
+    if there:
+        config(enabled=True)
+    redirect = " ".join(f"{number}>&-" for number in closed.split())
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t; "
+    code += "t.track_command_execution('build'); sys.exit(5)"
+    done = subprocess.run(
+        ["sh", "-c", f'exec {sys.executable} -c "$0" {redirect}', code],
+        capture_output=True, text=True, timeout=FAR,
+    )  # fmt: skip
+    told = there or "2" not in closed
+    assert (done.returncode, done.stdout) == (5, "")
+    assert bool(done.stderr) == (told and not there)
+    assert here.commands == (["build"] if told else [])
+    assert state.exists() == told
+
+
+@pytest.mark.parametrize("stream", ["None", "open('/dev/full', 'w')", "closed"])
+def test_a_stderr_that_takes_nothing(here, state, stream):
+    replaced = "sys.stderr.close()" if stream == "closed" else f"sys.stderr = {stream}"
+    done = tool(
+        f"{replaced}\ntrix_telemetry.track_command_execution('build').join()\nimport os; os._exit(0)"
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert here.requests == []
+
+
+@pytest.mark.parametrize(
+    "module", ["tomllib", "urllib", "urllib.request", "threading", "json", "http.client", "hashlib",
+               "socket", "atexit", "fcntl", "platform", "stat"]
+)  # fmt: skip
+def test_a_module_that_is_missing(here, config, module):
+    config(enabled=True)
+    done = tool(f"""
+        sys.modules[{module!r}] = None
+        thread = trix_telemetry.track_command_execution("build")
+        if thread:
+            thread.join()
+        del sys.modules[{module!r}]
+    """)
+    assert silent(done), done.stderr
+
+
+def test_without_ssl_plain_http_works(here, config):
+    config(enabled=True)
+    code = "sys.modules['ssl'] = sys.modules['_ssl'] = None\n"
+    code += "trix_telemetry.track_command_execution('build')"
+    assert silent(tool(code))
+    assert here.commands == ["build"]
+    assert silent(tool(code, env={"TRIX_TELEMETRY_ENDPOINT": "https://127.0.0.1:1"}))
+
+
+def test_threads_that_cannot_start(here, config):
+    config(enabled=True)
+    done = tool("""
+        import threading
+        threading.stack_size(1 << 46)
+        assert trix_telemetry.track_command_execution("build") is None
+    """)
+    assert silent(done), done.stderr
+
+
+VENDORED = """
+from acme._vendor import usage
+usage.initialize_telemetry(
+    service_name="acme", service_version="3", endpoint={url!r}, metric_name="acme_commands",
+    directory="~/.acme", environment="ACME_USAGE", prog="acme telemetry", commands=["build"],
+)
+usage.track_command_execution("build")
+usage.track_command_execution("other")
+"""
+
+
+@pytest.fixture
+def acme(home):
+    vendor = home / "lib" / "acme" / "_vendor"
+    vendor.mkdir(parents=True)
+    (vendor.parent / "__init__.py").touch()
+    (vendor / "__init__.py").touch()
+    (vendor / "usage.py").write_text(MODULE.read_text())
+    return home / "lib"
+
+
+def test_a_copy_under_another_name_shows_nothing_of_trix(collector, acme, home):
+    done = tool(f"sys.path[0] = {str(acme)!r}\n{VENDORED.format(url=collector.url)}")
+    (point,) = collector.points
+    assert (point.resource["service.name"], point.resource["service.version"]) == ("acme", "3")
+    assert point.metric["name"] == "acme_commands"
+    assert sorted(path.name for path in home.iterdir()) == [".acme", "lib"]
+    assert "acme telemetry disable" in done.stderr
+    assert "ACME_USAGE=0" in done.stderr
+    text = done.stderr + (home / ".acme" / "config.toml").read_text()
+    assert "trix" not in text.lower()
+
+
+def test_a_zipapp(collector, acme, home):
+    archive = home / "acme.pyz"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in acme.rglob("*.py"):
+            file.write(path, path.relative_to(acme))
+        main = "\nimport sys\nif sys.argv[1:]:\n    sys.exit(usage.main(sys.argv[1:]))\n"
+        file.writestr("__main__.py", VENDORED.format(url=collector.url) + main)
+    done = subprocess.run([sys.executable, archive], capture_output=True, text=True, timeout=FAR)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert collector.commands == ["build"]
+    done = subprocess.run([sys.executable, archive, "selftest"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_environment_of_a_copy_is_its_own(collector, acme):
+    code = f"sys.path[0] = {str(acme)!r}\n{VENDORED.format(url=collector.url)}"
+    assert silent(tool(code, env={"ACME_USAGE": "0"}))
+    assert silent(tool(code, env={"ACME_USAGE_ENDPOINT": ""}))
+    tool(code, env={"TRIX_TELEMETRY": "0", "TRIX_TELEMETRY_ENDPOINT": ""})
+    assert collector.commands == ["build"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("endpoint", 5), ("service_name", b"x"), ("service_name", ""), ("service_version", 1.0),
+        ("metric_name", []), ("directory", 7), ("directory", object()), ("environment", ""),
+        ("prog", "a\nb"), ("commands", "build"), ("commands", 5), ("commands", ["a", 1]),
+        ("commands", [[]]), ("endpoint", "\ud800"), ("service_name", "a\0"),
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_type_send_nothing_and_status_tells(here, capsys, name, value):
+    trix_telemetry.initialize_telemetry(**{name: value})
+    assert track() is None
+    assert here.requests == []
+    assert trix_telemetry.main(["status"]) == 1
+    assert f"{name} of initialize_telemetry" in capsys.readouterr().out
+
+
+def test_the_last_initialization_decides(here):
+    trix_telemetry.initialize_telemetry(service_name="one", endpoint=5)
+    trix_telemetry.initialize_telemetry(service_version="9")
+    track()
+    resource = here.points[0].resource
+    assert (resource["service.name"], resource["service.version"]) == ("trix-cli", "9")
+
+
+def test_initializing_opens_nothing(home):
+    trix_telemetry.initialize_telemetry(directory=home / "a", endpoint="http://127.0.0.1:1")
+    assert list(home.iterdir()) == []

@@ -93,7 +93,8 @@ class _Tool:
         for name, value in given.items():
             if value is not None and name == "commands":
                 names = None if isinstance(value, str) else _shielded(frozenset, value)
-                self.keep(name, names, isinstance(names, frozenset), "a set of names")
+                are_names = names is not None and all(isinstance(n, str) for n in names)
+                self.keep(name, names, are_names, "a set of names")
             elif value is not None:
                 text = _shielded(os.fspath, value) if name == "directory" else value
                 is_line = isinstance(text, str) and text.isprintable()
@@ -320,10 +321,15 @@ def _check_switches(tool: _Tool) -> None:
 
 
 def _say(text: str) -> bool:
-    """Write to stderr; whether that can have been read."""
+    """Write to stderr; whether that can have been read.
+
+    Past the stream's buffer: a daemon thread that held its lock would abort the exit.
+    """
     try:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        try:
+            os.write(sys.stderr.fileno(), f"{text}\n".encode(errors="replace"))
+        except ValueError:  # a stream without a descriptor, as of a test or a notebook
+            sys.stderr.write(f"{text}\n")
     except (AttributeError, OSError, ValueError):  # none, broken, closed
         return False
     return True
@@ -533,7 +539,7 @@ def _read_cooldown(directory: str, url: str) -> tuple[int, int, str]:
 def _start_cooldown(call: _Call, seconds: int = 0) -> None:
     """Spare the next commands the same wait, each time for twice as long."""
     to_go, last, _ = _read_cooldown(call.directory, call.url)
-    if to_go and not seconds:  # begun by a process that ran beside this one
+    if not call.url or (to_go and not seconds):  # begun by a process that ran beside this one
         return
     seconds = seconds or min(max(2 * last, _COOLDOWN_SECONDS), _COOLDOWN_SECONDS_MAX)
     text = f"{int(time.time()) + seconds} {seconds} {call.url} {call.text}\n"
@@ -668,18 +674,20 @@ def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
     import http.client
 
     status = response.status
+    call.text = f"HTTP {status} after {call.took()}"
+    call.outcome = "sent" if 200 <= status < 300 else "failed"
     try:
         answer = response.read(_EXCERPT_BYTES) if call.asked else b""
-    except (OSError, http.client.HTTPException):  # it came late, or cut off
+    except (OSError, http.client.HTTPException):  # it comes late, or not whole
         answer = b""
-    call.outcome, said = "failed", _plain(" ".join(answer.decode(errors="replace").split()))
-    if 200 <= status < 300:
+    said = _plain(" ".join(answer.decode(errors="replace").split()))
+    if call.outcome == "sent":
         rejected, said = _partial_success(answer)
-        call.outcome = "failed" if rejected else "sent"
-        said = f"{rejected} data point rejected: {said}" if rejected else said
+        if rejected:
+            call.outcome, said = "failed", f"{rejected} data point rejected: {said}"
     elif 300 <= status < 400:
         said = f"redirects to {_plain(response.getheader('Location'))}; not followed"
-    call.text = f"HTTP {status} after {call.took()}" + (f": {said}" if said else "")
+    call.text += f": {said}" if said else ""
     return _retry_after(response.getheader("Retry-After", "")) if status in (429, 503) else 0
 
 
@@ -760,18 +768,23 @@ class OtlpClient:
         import threading
 
         self.lock = threading.RLock()  # a signal handler may track, too
+        self.importing = threading.RLock()
         self.calls: list[_Call] = []
         self.window_end = 0
         self.fingerprint = ""
         self.warned = False
         atexit.register(_at_exit)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(before=_before_fork)
+        if sys.platform != "win32":
+            done = self.importing.release
+            os.register_at_fork(before=self.before_fork, after_in_parent=done, after_in_child=done)
 
     def start(self, call: _Call) -> "threading.Thread":
         """Raises _Off, and RuntimeError where threads cannot start."""
         import threading
 
+        main = threading.main_thread()
+        if threading.current_thread() is main and not main.is_alive():
+            raise _Off("the process is at its end")
         with self.lock:
             self.calls = [call for call in self.calls if call.thread.is_alive()]
             if len(self.calls) >= _SENDS_AT_ONCE:
@@ -781,6 +794,27 @@ class OtlpClient:
             call.thread.start()
             self.calls.append(call)
         return call.thread
+
+    def load(self, *names: str) -> None:
+        """Import, but not while the process forks, and not after its end has begun.
+
+        Whoever imports a module that a thread was importing when it vanished waits for ever: a
+        forked child, or a destructor at the interpreter's shutdown.
+        """
+        for name in names:
+            with self.importing:
+                __import__(name)
+
+    def before_fork(self) -> None:
+        """Python 3.12 warns of forking beside a thread; of ours alone, it need not."""
+        import threading
+        import warnings
+
+        self.importing.acquire()
+        ours = [call for call in self.calls if call.thread.is_alive()]
+        if ours and threading.active_count() == len(ours) + 1:
+            message = r".*use of fork\(\) may lead to deadlocks"
+            warnings.filterwarnings("ignore", message, DeprecationWarning)
 
     def run(self, call: _Call) -> None:
         """What the thread does."""
@@ -794,10 +828,16 @@ class OtlpClient:
 
     def deliver(self, call: _Call) -> None:
         """From the config to the answer. Raises _Off, OSError: nothing was sent."""
+        self.load("tomllib", "urllib.parse")
+        if not _stored_fingerprint(call.directory):  # it may be the first run
+            _shielded(self.load, "hashlib", "platform", "fcntl")
         config = self.configure(call)
         to_go, _, reason = _read_cooldown(call.directory, call.url)
         if to_go and not call.in_cooldown:
             raise _Off(f"cooling down for {to_go} s: {reason}")
+        self.load("json", "socket", "email.parser", "http.client", "urllib.request")
+        if call.url.startswith("https"):
+            self.load("ssl", "encodings.idna")
         fingerprint = self.identify(call.directory)
         request = _request(call, config, fingerprint, self.window(call.started))
         if call.asked:
@@ -855,11 +895,12 @@ class OtlpClient:
         for call in alive:
             while call.thread.is_alive() and not call.is_used_up():
                 call.thread.join(min(call.left(), _POLL_SECONDS))
-            if call.url and not call.outcome:
-                call.outcome = "failed"
-                call.text = f"timed out after {call.took()}, {call.phase}"
+            if call.thread.is_alive():
+                if not call.outcome:
+                    call.outcome = "failed"
+                    call.text = f"timed out after {call.took()}, {call.phase}"
+                    _start_cooldown(call)
                 _debug(call.tool, f"{call.outcome}: {call.text}")
-                _start_cooldown(call)
 
 
 def _effective_url(tool: _Tool, override: str | None, config: TelemetryConfig) -> str:
@@ -892,23 +933,13 @@ def _client() -> OtlpClient:
 
 
 def _at_exit() -> None:
+    client = _clients.get(os.getpid())
     try:
-        if os.getpid() in _clients:
-            _shielded(_client().wait)
+        if client:
+            _shielded(client.wait)
+            client.importing.acquire(timeout=0.1)  # and never released
     except (KeyboardInterrupt, SystemExit):  # a signal: the wait is over
         pass
-
-
-def _before_fork() -> None:
-    """Python 3.12 warns of forking beside a thread: of ours, the host knows nothing."""
-    import threading
-    import warnings
-
-    client = _clients.get(os.getpid())
-    ours = [call for call in client.calls if call.thread.is_alive()] if client else []
-    if ours and threading.active_count() == len(ours) + 1:
-        message = r".*use of fork\(\) may lead to deadlocks"
-        warnings.filterwarnings("ignore", message, DeprecationWarning)
 
 
 def _shielded(function: "Callable[..., Any]", *args: "Any") -> "Any":
@@ -944,6 +975,8 @@ def _prepare(tool: _Tool, name: object, endpoint: str | None) -> _Call:
 
 
 def _track(name: object) -> "threading.Thread | None":
+    if sys.is_finalizing():  # where no thread starts, and no import comes to its end
+        return None
     tool = _tool or _Tool()
     try:
         call = _prepare(tool, name, os.environ.get(f"{tool.environment}_ENDPOINT"))
