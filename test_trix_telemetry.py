@@ -40,7 +40,7 @@ FAR = 30  # seconds: what a test may wait for, never what it measures
 class Collector:
     """A real OTLP/HTTP collector on loopback: keeps each request, answers as it is told."""
 
-    def __init__(self):
+    def __init__(self, tls=None):
         self.requests = []
         self.answer = (200, {"Content-Type": "application/json"}, b"{}")
         collector = self
@@ -65,8 +65,15 @@ class Collector:
             request_queue_size = 256
             daemon_threads = True
 
+            def finish_request(self, request, address):
+                with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                    if tls:
+                        request = stack.enter_context(tls.wrap_socket(request, server_side=True))
+                    super().finish_request(request, address)
+
         self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.port = self.server.server_port
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -1027,7 +1034,7 @@ def test_a_resolver_that_takes_20_seconds(config, state):
 
 
 def test_a_dead_address_does_not_take_the_whole_budget(collector, config):
-    port = collector.server.server_port
+    port = collector.port
     listening = socket.create_server(("127.0.0.2", port), backlog=0)
     fill = [socket.socket() for _ in range(4)]
     for each in fill:
@@ -1101,6 +1108,164 @@ def test_other_statuses_fail_in_silence(here, config, state, status):
     done = tool(env={"TRIX_TELEMETRY_DEBUG": "1"})
     assert re.search(rf"failed: HTTP {status} after \d+ ms: go away \?\[31m", done.stderr)
     assert not (state / "cooldown").exists()
+
+
+# TLS
+
+# An authority, and a certificate of it for localhost and 127.0.0.1, both until the year 2126.
+AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBlTCCATygAwIBAgIUNmiDwmVQp4DOI6eNi+cvnAChRdgwCgYIKoZIzj0EAwIw
+KDENMAsGA1UECgwEVGVzdDEXMBUGA1UEAwwOVGVzdCBBdXRob3JpdHkwIBcNMjYx
+MTIzMDE1NDQyWhgPMjEyNjEwMzAwMTU0NDJaMCgxDTALBgNVBAoMBFRlc3QxFzAV
+BgNVBAMMDlRlc3QgQXV0aG9yaXR5MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
+zGG7nRvl1M7P/c64uxxLKIaz1zv8MsDJax1WwYn0DDVHrZURlVTu9ZnUJPCz69VE
+ueeOkCxmjvIchcW0m1/4fqNCMEAwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8E
+BAMCAQYwHQYDVR0OBBYEFD83MH5DVjGULqRGNYKJt108Bf3VMAoGCCqGSM49BAMC
+A0cAMEQCIDqexsFabE6sYXney5hDSCYxgKMvlR5dTckPbKgvPKanAiAgBWPX+h/u
+c3Ss5cVyatiLuVLqi4JKnGMIhxRnvtYhOw==
+-----END CERTIFICATE-----
+"""
+AUTHORITY_HASH = "00ad8108.0"  # openssl x509 -subject_hash
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBwTCCAWagAwIBAgIBAjAKBggqhkjOPQQDAjAoMQ0wCwYDVQQKDARUZXN0MRcw
+FQYDVQQDDA5UZXN0IEF1dGhvcml0eTAgFw0yNjExMjMwMTU0NDJaGA8yMTI2MTAz
+MDAxNTQ0MlowFDESMBAGA1UEAwwJY29sbGVjdG9yMFkwEwYHKoZIzj0CAQYIKoZI
+zj0DAQcDQgAEr58ALSsGFGAza+DLXibBcsz+sXRlht6RX/kl28Hy/o0hsdU6Y/I0
++bNjmz8se0V21uD6zAJdTSAkuvIsjEaL6qOBkjCBjzAMBgNVHRMBAf8EAjAAMA4G
+A1UdDwEB/wQEAwIHgDATBgNVHSUEDDAKBggrBgEFBQcDATAdBgNVHQ4EFgQUKuWj
+IlFNeZN5E2gAQbDGyGY+fM8wHwYDVR0jBBgwFoAUPzcwfkNWMZQupEY1gom3XTwF
+/dUwGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49BAMCA0kAMEYC
+IQD5Z7dqOKVrye+/VjdPi8r9CYsx7nXf9tdGLnmJQ/5qKgIhALg4L0nYPNpN8OS9
+qSLRNdzDFSfJP2diXJacN4cfPjE4
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg0qEYYzJms2jYWjLI
+v3JGa+BTBXS1D7z9oeOqAtGJZnWhRANCAASvnwAtKwYUYDNr4MteJsFyzP6xdGWG
+3pFf+SXbwfL+jSGx1Tpj8jT5s2ObPyx7RXbW4PrMAl1NICS68iyMRovq
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.fixture
+def secure(home, monkeypatch):
+    """A collector with a certificate, and no authority that anybody knows."""
+    (home / "certificate.pem").write_text(CERTIFICATE)
+    (home / "authority.pem").write_text(AUTHORITY)
+    (home / "empty").mkdir()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(home / "certificate.pem")
+    collector = Collector(context)
+    monkeypatch.setenv("SSL_CERT_DIR", str(home / "empty"))
+    monkeypatch.setenv("TRIX_TELEMETRY_ENDPOINT", collector.url)
+    yield collector
+    collector.close()
+
+
+def test_tls_with_an_authority_in_a_file(secure, home, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(home / "authority.pem"))
+    track()
+    assert secure.commands == ["build"]
+
+
+def test_tls_with_an_authority_in_a_hashed_directory(secure, home, config):
+    (home / "empty" / AUTHORITY_HASH).write_text(AUTHORITY)
+    config(enabled=True)
+    done = tool("""
+        import ssl
+        made = []
+        original = ssl.create_default_context
+        def create(**options):
+            made.append(options)
+            return original(**options)
+        ssl.create_default_context = create
+        trix_telemetry.track_command_execution("build").join()
+        print([list(options) for options in made])
+    """)
+    assert (done.stdout, done.stderr) == ("[['capath']]\n", "")
+    assert secure.commands == ["build"]
+
+
+def test_tls_with_a_hashed_directory_that_lacks_the_authority(secure, home, config):
+    (home / "empty" / "01234567.0").write_text(AUTHORITY)
+    config(enabled=True)
+    authority = str(home / "authority.pem")
+    done = tool(f"""
+        import ssl
+        original = ssl.create_default_context
+        def create(**options):  # as if the system's bundle had it
+            return original(**options) if options else original(cafile={authority!r})
+        ssl.create_default_context = create
+        trix_telemetry.track_command_execution("build")
+    """)
+    assert silent(done), done.stderr
+    assert secure.commands == ["build"]
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_tls_with_an_unknown_authority(secure, home, config, state, hashed):
+    if hashed:
+        (home / "empty" / "01234567.0").write_text(AUTHORITY)
+    config(enabled=True)
+    assert silent(tool())
+    assert secure.requests == []
+    assert not (state / "cooldown").exists()
+    done = cli("track", "build")
+    assert done.returncode == 1
+    assert "certificate not accepted: unable to get local issuer certificate" in done.stderr
+    assert "SSL_CERT_FILE" in done.stderr
+    assert "Test Authority" in done.stderr
+
+
+def test_tls_with_another_host_name(secure, home, config, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(home / "authority.pem"))
+    config(enabled=True)
+    other = {"TRIX_TELEMETRY_ENDPOINT": f"https://127.0.0.2:{secure.port}"}
+    code = "import socket; found = socket.getaddrinfo\n"
+    code += "def lookup(host, *a, **k): return found('127.0.0.1', *a, **k)\n"
+    code += "socket.getaddrinfo = lookup; trix_telemetry.track_command_execution('build')"
+    assert silent(tool(code, env=other))
+    done = tool(code, env={**other, "TRIX_TELEMETRY_DEBUG": "1"})
+    assert "certificate not accepted: IP address mismatch" in done.stderr
+    assert secure.requests == []
+
+
+def test_tls_to_a_port_that_speaks_plain_http_and_the_reverse(secure, collector, config, state):
+    config(enabled=True)
+    for url in (f"https://127.0.0.1:{collector.port}", f"http://127.0.0.1:{secure.port}"):
+        env = {"TRIX_TELEMETRY_ENDPOINT": url}
+        assert silent(tool(env=env))
+        done = tool(env={**env, "TRIX_TELEMETRY_DEBUG": "1"})
+        assert (
+            f"does the port speak {'http' if url.startswith('https') else 'https'}?" in done.stderr
+        )
+    assert (secure.requests, collector.requests) == ([], [])
+
+
+def test_a_handshake_that_never_ends(hostile, config, state):
+    config(otlp_endpoint=f"https://{hostile(silence).address}", timeout_ms=400)
+    assert silent(tool(timeout=FAR / 3))
+    assert "setting up TLS" in (state / "cooldown").read_text()
+
+
+def test_tls_reading_is_bound_by_the_budget(secure, home, config, state, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(home / "authority.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(home / "certificate.pem")
+
+    def speak(connection):
+        with context.wrap_socket(connection, server_side=True) as wrapped:
+            drip(OK, b"X-A: b\r\n", 0.1)(wrapped)
+
+    server = Hostile(speak)
+    monkeypatch.setenv("TRIX_TELEMETRY_ENDPOINT", f"https://{server.address}")
+    config(timeout_ms=600)
+    thread = trix_telemetry.track_command_execution("build")
+    thread.join(FAR / 3)
+    server.close()
+    assert not thread.is_alive()
+    assert "waiting for the answer" in (state / "cooldown").read_text()
 
 
 # Cool-down
@@ -1726,3 +1891,526 @@ def test_the_last_initialization_decides(here):
 def test_initializing_opens_nothing(home):
     trix_telemetry.initialize_telemetry(directory=home / "a", endpoint="http://127.0.0.1:1")
     assert list(home.iterdir()) == []
+
+
+# The command line: status
+
+
+def status(capsys, code=0):
+    assert trix_telemetry.main(["status", "--json"]) == code
+    facts = json.loads(capsys.readouterr().out)
+    assert trix_telemetry.main(["status"]) == code
+    facts["text"] = capsys.readouterr().out
+    return facts
+
+
+def test_status_creates_nothing(here, home, capsys):
+    facts = status(capsys)
+    assert (facts["state"], facts["stored"], facts["fingerprint"]) == ("on", "none", None)
+    assert facts["text"].startswith("Telemetry: ON\n")
+    assert facts["endpoint"] == f"{here.url}/v1/metrics"
+    assert list(home.iterdir()) == []
+
+
+def test_status_says_why_it_is_off(here, config, capsys, monkeypatch):
+    config(enabled=True)
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    facts = status(capsys)
+    assert (facts["state"], facts["stored"]) == ("off", "on")
+    assert "DO_NOT_TRACK" in facts["reason"]
+    monkeypatch.delenv("DO_NOT_TRACK")
+    config(enabled=False)
+    facts = status(capsys)
+    assert (facts["state"], facts["stored"]) == ("off", "off")
+    assert "config.toml says enabled = false" in facts["reason"]
+
+
+def test_status_without_an_endpoint(capsys):
+    facts = status(capsys)
+    assert (facts["state"], facts["endpoint"]) == ("off", None)
+    assert "no endpoint" in facts["reason"]
+
+
+def test_status_without_a_home(here, capsys, monkeypatch):
+    monkeypatch.delenv("HOME")
+    facts = status(capsys)
+    assert (facts["state"], facts["directory"]) == ("off", None)
+    assert "HOME" in facts["reason"]
+
+
+def test_status_of_a_config_that_cannot_be_read(here, state, capsys):
+    (state / "config.toml").mkdir(parents=True)
+    facts = status(capsys)
+    assert (facts["state"], facts["stored"]) == ("off", "unreadable")
+    assert "config.toml" in facts["reason"]
+
+
+@pytest.mark.parametrize(
+    ("url", "noted"),
+    [
+        ("http://collector.example.com", True),
+        ("https://collector.example.com", False),
+        ("http://127.0.0.1:4318", False),
+        ("http://localhost", False),
+        ("http://[::1]:4318", False),
+    ],
+)
+def test_status_notes_an_endpoint_that_is_not_encrypted(config, capsys, url, noted):
+    config(otlp_endpoint=url)
+    facts = status(capsys)
+    assert facts["encrypted"] == url.startswith("https")
+    assert ("not encrypted" in facts["text"]) == noted
+
+
+def test_status_shows_a_running_cool_down(hostile, config, capsys):
+    hold(hostile, config)
+    track()
+    facts = status(capsys)
+    assert facts["state"] == "on"
+    assert 50 < facts["cooldown_seconds"] <= 60
+    assert "timed out" in facts["cooldown_reason"]
+    assert "timed out" in facts["text"]
+
+
+def test_status_hides_the_values_of_headers(config, capsys):
+    config('[telemetry]\notlp_endpoint = "http://h"\n[telemetry.otlp_headers]\nA-B = "secret"\n')
+    facts = status(capsys)
+    assert facts["headers"] == ["A-B"]
+    assert "secret" not in str(facts)
+
+
+def test_status_names_a_bad_endpoint_of_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("TRIX_TELEMETRY_ENDPOINT", "ftp://me:secret@h/?key=secret")
+    facts = status(capsys, 1)
+    assert facts["state"] == "off"
+    assert "TRIX_TELEMETRY_ENDPOINT is 'ftp://" in facts["reason"]
+    assert "secret" not in str(facts)
+
+
+# The command line: enable and disable
+
+EDITS = [
+    "[telemetry]\nenabled = true\n",
+    "[telemetry]\r\n  enabled=true# yes\r\ntimeout_ms = 5\r\n",
+    "[telemetry]\nenabled = true",
+    "[other]\nenabled = true\n[telemetry]\nenabled = true\n[third]\nenabled = true\n",
+    "telemetry.enabled = true\n[other]\nenabled = true\n",
+    "telemetry = { timeout_ms = 5, enabled = true }\n",
+    '["telemetry"]\n"enabled" = true\n',
+    "['telemetry']\n'enabled'\t=\ttrue\n",
+    '[telemetry]\nnote = """\nenabled = true\n"""\nenabled = true # enabled = true\n',
+    "[[list]]\nenabled = true\n[[list]]\nenabled = true\n[telemetry]\nenabled = true\n",
+    "x = nan\ny = inf\nz = 1979-05-27\n[telemetry]\nenabled = true\n",
+    "#enabled = true\n[telemetry]\nenabled = true\nnot_enabled = true\n",
+]
+
+
+@pytest.mark.parametrize("text", EDITS)
+def test_disable_changes_the_one_value_and_enable_gives_the_first_bytes_back(config, text):
+    path = config(text)
+    assert trix_telemetry.main(["disable"]) == 0
+    once = path.read_bytes().decode()
+    assert len(once) == len(text) + 1
+    assert tomllib.loads(once)["telemetry"]["enabled"] is False
+    assert trix_telemetry.main(["enable"]) == 0
+    assert path.read_bytes().decode() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a = 1",
+        "# only words\r\n",
+        "[telemetry]",
+        "[telemetry] # ours\ntimeout_ms = 5\n",
+        "[ telemetry ]\r\ntimeout_ms = 5\r\n[x]\r\n",
+        "[telemetry.otlp_headers]\nA = 'b'\n",
+        "telemetry.timeout_ms = 5\n[x]\ny = 1\n",
+        "telemetry = {}\n",
+        "telemetry = { timeout_ms = 5 }\n",
+        "s = '''\n[telemetry]\n'''\n[telemetry]\ntimeout_ms = 5\n",
+    ],
+)
+def test_disable_adds_the_key_where_it_is_missing(config, text):
+    path = config(text)
+    before = tomllib.loads(text)
+    assert trix_telemetry.main(["disable"]) == 0
+    after = path.read_bytes().decode()
+    table = {**before.get("telemetry", {}), "enabled": False}
+    assert tomllib.loads(after) == {**before, "telemetry": table}
+    assert re.sub(r"\s|\[telemetry\]|(telemetry\.)?enabled = false,?", "", after) in (
+        re.sub(r"\s|\[telemetry\]", "", text)
+    )
+
+
+def test_enable_leaves_alone_what_is_on_already(config):
+    for text in ("[telemetry]\n", "[telemetry]\nenabled = true\n"):
+        path = config(text)
+        before = path.stat().st_ino
+        assert trix_telemetry.main(["on"]) == 0
+        assert (path.read_text(), path.stat().st_ino) == (text, before)
+
+
+def test_generated_documents_are_edited_exactly_or_refused(config, capsys):
+    keys = ["enabled", '"enabled"', "'enabled'", "telemetry.enabled", '"\\u0065nabled"']
+    values = ["true", "false", "1", '"true"', "nan", "[true, [false]]", "{ enabled = true }"]
+    values += ['"""\nenabled = true\n"""', "'''enabled = false'''", "1979-05-27 07:32:00", '"a#b"']
+    headers = [
+        "[telemetry]",
+        "[other]",
+        "[[list]]",
+        "[ telemetry . deep ]",
+        '["telemetry"]',
+        "[a.telemetry]",
+    ]
+    edited = 0
+    for seed in range(1500):
+        dice = random.Random(seed)
+        lines = []
+        for number in range(dice.randint(1, 7)):
+            kind = dice.random()
+            if kind < 0.3:
+                lines.append(dice.choice(["", "  "]) + dice.choice(headers))
+            elif kind < 0.7:
+                space = dice.choice(["", " ", "\t"])
+                lines.append(f"{dice.choice(keys)}{space}={space}{dice.choice(values)}")
+            else:
+                lines.append(
+                    dice.choice([f"k{number} = 1", "# enabled = true", "", "telemetry = {}"])
+                )
+        text = dice.choice(["\n", "\r\n"]).join(lines) + dice.choice(["", "\n"])
+        path = config(text)
+        first = path.read_bytes()
+        code = trix_telemetry.main(["disable"])
+        out, err = capsys.readouterr()
+        try:
+            before = tomllib.loads(text)
+        except tomllib.TOMLDecodeError:
+            before = None
+        if code:
+            assert path.read_bytes() == first
+            assert re.fullmatch("trix_telemetry: error: .*\n", err), err
+            continue
+        table = before.get("telemetry", {})
+        wanted = repr(sorted_document({**before, "telemetry": {**table, "enabled": False}}))
+        assert repr(sorted_document(tomllib.loads(path.read_bytes().decode()))) == wanted, text
+        edited += 1
+        if type(table.get("enabled")) is bool:
+            assert trix_telemetry.main(["enable" if table["enabled"] else "disable"]) == 0
+            assert path.read_bytes() == first
+        capsys.readouterr()
+    assert edited > 300
+
+
+def sorted_document(value):
+    if isinstance(value, dict):
+        return sorted((key, sorted_document(each)) for key, each in value.items())
+    return [sorted_document(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(("text", "says"), BAD_CONFIGS)
+@pytest.mark.parametrize("command", ["enable", "disable"])
+def test_a_bad_config_is_changed_in_one_value_or_refused(config, capsys, text, says, command):
+    path = config(text)
+    before = path.read_bytes()
+    code = trix_telemetry.main([command])
+    out, err = capsys.readouterr()
+    if code == 0:
+        document = tomllib.loads(path.read_text())
+        assert document["telemetry"].get("enabled", True) is (command == "enable")
+    else:
+        assert (code, path.read_bytes()) == (1, before)
+        assert re.fullmatch("trix_telemetry: error: .*; nothing was changed\n", err)
+    assert [each.name for each in path.parent.iterdir()] == ["config.toml"]
+
+
+def test_what_is_too_unusual_is_refused_with_a_word_on_what_to_write(config, capsys):
+    path = config('[telemetry]\n"\\u0065nabled" = true\n')
+    assert trix_telemetry.main(["disable"]) == 1
+    err = capsys.readouterr().err
+    assert "write `enabled = false` into [telemetry] by hand" in err
+    assert "u0065" in path.read_text()
+
+
+@pytest.mark.parametrize("command", ["enable", "disable", "on", "off"])
+def test_a_config_is_made_where_there_is_none(state, capsys, command):
+    assert trix_telemetry.main([command]) == 0
+    table = tomllib.loads((state / "config.toml").read_text())["telemetry"]
+    assert table == {"enabled": command in ("enable", "on"), "timeout_ms": 2000}
+    assert stat.S_IMODE((state / "config.toml").stat().st_mode) == 0o600
+
+
+def test_disable_keeps_the_notice_away(here, capfd):
+    trix_telemetry.main(["disable"])
+    capfd.readouterr()
+    track()
+    assert (here.requests, capfd.readouterr().err) == ([], "")
+
+
+def test_an_edit_follows_a_link_and_keeps_the_mode(home, state, config):
+    target = home / "dotfiles.toml"
+    target.write_text("[telemetry]\nenabled = true\n")
+    target.chmod(0o644)
+    state.mkdir(parents=True)
+    (state / "config.toml").symlink_to(target)
+    trix_telemetry.main(["disable"])
+    assert (state / "config.toml").is_symlink()
+    assert target.read_text() == "[telemetry]\nenabled = false\n"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+
+
+def test_enable_says_what_still_decides(here, config, capsys, monkeypatch):
+    config(enabled=False)
+    monkeypatch.setenv("TRIX_TELEMETRY", "off")
+    trix_telemetry.main(["enable"])
+    assert "TRIX_TELEMETRY is set to off" in capsys.readouterr().out
+
+
+def test_enable_says_that_a_cool_down_was_ended(hostile, config, capsys):
+    hold(hostile, config)
+    track()
+    trix_telemetry.main(["enable"])
+    assert "cool-down was ended" in capsys.readouterr().out
+
+
+def test_a_config_with_thousands_of_look_alikes_is_edited_in_no_time(config):
+    text = "".join(f"[t{n}]\nenabled = true\n" for n in range(5000))
+    path = config(f"{text}[telemetry]\nenabled = true\n")
+    assert trix_telemetry.main(["disable"]) == 0
+    assert path.read_text() == f"{text}[telemetry]\nenabled = false\n"
+
+
+# The command line: preview, track, reset, selftest and the rest
+
+
+def test_preview_is_what_track_sends(here, config, capsys):
+    config('[telemetry]\nenabled = true\n[telemetry.otlp_headers]\nX-Key = "secret"\n')
+    trix_telemetry.get_user_fingerprint()
+    assert trix_telemetry.main(["preview", "build"]) == 0
+    head, _, body = capsys.readouterr().out.partition("\n\n")
+    assert here.requests == []
+    track()
+    line, headers, sent = here.requests[0]
+    assert head.splitlines()[0] == line
+    assert "secret" not in head
+    shown = dict(row.split(": ", 1) for row in head.splitlines()[1:])
+    assert shown == {**headers, "X-Key": "(hidden)"}
+    assert list(shown) == list(headers)
+    assert re.sub(r'UnixNano":"\d+', "", body.rstrip("\n")) == re.sub(
+        r'UnixNano":"\d+', "", sent.decode()
+    )
+
+
+def test_preview_creates_nothing_and_works_when_off(home, capsys, monkeypatch):
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    assert trix_telemetry.main(["preview"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.partition("\n\n")[2])
+    assert "DO_NOT_TRACK" in err
+    assert list(home.iterdir()) == []
+
+
+def test_track_tells_what_came_of_it(here, config):
+    config(enabled=True)
+    done = cli("track", "build")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"Sent to {here.url}/v1/metrics: HTTP 200 after \d+ ms\n", done.stdout)
+
+
+def test_track_sends_where_it_is_told(collector, config):
+    config(enabled=True)
+    assert cli("track", "build", "--endpoint", f"{collector.url}/x").returncode == 0
+    assert collector.requests[0][0].split()[1] == "/x/v1/metrics"
+
+
+@pytest.mark.parametrize("count", [1, '"1"'])
+def test_track_tells_rejected_points_apart(here, config, count):
+    config(enabled=True)
+    partial = f'{{"partialSuccess":{{"rejectedDataPoints":{count},"errorMessage":"too old"}}}}'
+    here.answer = (200, {}, partial.encode())
+    done = cli("track", "build")
+    assert done.returncode == 1
+    assert "1 data point rejected: too old" in done.stderr
+    assert "1 data point rejected: too old" in tool(env={"TRIX_TELEMETRY_DEBUG": "1"}).stderr
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"[]", b"{", b"null", b'{"partialSuccess":null}', b'{"partialSuccess":[]}', b"\xff\x00",
+     b'{"partialSuccess":{"rejectedDataPoints":"0","errorMessage":"a warning"}}',
+     b'{"partialSuccess":{"rejectedDataPoints":"many"}}', b"[" * 4000, b"1" * 4000],
+)  # fmt: skip
+def test_any_other_answer_of_200_is_a_success(here, config, answer):
+    config(enabled=True)
+    here.answer = (200, {}, answer)
+    done = cli("track", "build")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("a warning" in done.stdout) == (b"warning" in answer)
+
+
+def test_track_in_a_cool_down_sends_all_the_same(here, config, state):
+    config(enabled=True)
+    (state / "cooldown").write_text(f"{int(time.time()) + 30} 60 {here.url}/v1/metrics r\n")
+    assert cli("track", "build").returncode == 0
+    assert here.commands == ["build"]
+    assert not (state / "cooldown").exists()
+
+
+@pytest.mark.parametrize("reason", ["off", "no endpoint", "invalid"])
+def test_track_when_off(here, config, state, reason):
+    if reason != "no endpoint":
+        config("[telemetry]\n" + ("enabled = false\n" if reason == "off" else "timeout_ms = 0\n"))
+    done = cli(
+        "track", "build", env={} if reason != "no endpoint" else {"TRIX_TELEMETRY_ENDPOINT": ""}
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("Not sent, telemetry is off: ")
+    assert here.requests == []
+
+
+def test_track_that_fails(hostile, here, config):
+    config(enabled=True, timeout_ms=500)
+    here.answer = (404, {}, b"no such path\x1b[2J")
+    done = cli("track", "build")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(
+        r"trix_telemetry: error: not sent to http://.*: HTTP 404 after \d+ ms: no such path\?\[2J\n",
+        done.stderr,
+    )
+    here.answer = (307, {"Location": "https://elsewhere.example/"}, b"")
+    assert "redirects to https://elsewhere.example/" in cli("track", "build").stderr
+    done = cli("track", "build", "--endpoint", "http://127.0.0.1:1")
+    assert "connection refused, connecting to 127.0.0.1" in done.stderr
+    server = hostile(silence)
+    done = cli("track", "build", "--endpoint", f"http://{server.address}")
+    assert re.search(r"timed out after \d+ ms, waiting for the answer", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [["track", "../x"], ["track", "a", "--endpoint", "ftp://h"],
+                                       ["preview", "a b"], ["track", "a", "--endpoint", ""]])  # fmt: skip
+def test_wrong_values_are_one_line(here, arguments):
+    done = cli(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("trix_telemetry: error: .*\n", done.stderr)
+    assert here.requests == []
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["track"], ["status", "--yaml"], []])
+def test_wrong_usage_is_one_line(arguments):
+    done = cli(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("trix_telemetry: error: .*\n", done.stderr)
+
+
+def test_reset_forgets_the_fingerprint(here, state, capsys):
+    track()
+    assert trix_telemetry.main(["reset"]) == 0
+    assert not (state / "fingerprint").exists()
+    track()
+    first, second = (point.resource["user.fingerprint"] for point in here.points)
+    assert first != second
+    assert trix_telemetry.main(["reset"]) == 0
+
+
+def test_version_and_help(capsys):
+    assert trix_telemetry.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"trix_telemetry {trix_telemetry.__version__}\n"
+    assert trix_telemetry.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "usage: python -m trix_telemetry" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_debug_tells_what_is_sent_and_what_came_of_it(here, config, monkeypatch):
+    config('[telemetry]\nenabled = true\n[telemetry.otlp_headers]\nX-Key = "secret"\n')
+    done = tool(env={"TRIX_TELEMETRY_DEBUG": "1"})
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (0, "")
+    assert all(line.startswith("trix_telemetry: ") for line in lines)
+    assert lines[0] == "trix_telemetry: POST /v1/metrics HTTP/1.1"
+    assert "trix_telemetry: X-Key: (hidden)" in lines
+    assert f"trix_telemetry: {here.requests[0][2].decode()}" in lines
+    assert re.fullmatch(r"trix_telemetry: sent: HTTP 200 after \d+ ms", lines[-1])
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("value", ["", "0", "no", "False", "off"])
+def test_debug_that_is_not_asked_for(here, config, value):
+    config(enabled=True)
+    assert silent(tool(env={"TRIX_TELEMETRY_DEBUG": value}))
+
+
+def test_debug_says_why_nothing_is_sent(here, config):
+    config(enabled=False)
+    debug = {"TRIX_TELEMETRY_DEBUG": "1"}
+    assert "off: " in tool(env=debug).stderr
+    assert "off: DO_NOT_TRACK is set to 1\n" in tool(env={**debug, "DO_NOT_TRACK": "1"}).stderr
+    config("[telemetry]\ntimeout_ms = 0\n")
+    assert "telemetry.timeout_ms is 0" in tool(env=debug).stderr
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["preview"], ["--help"], ["track", "build"]])
+def test_a_closed_pipe_is_no_traceback(here, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, MODULE, *arguments], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_closed_streams_of_the_command_line(here):
+    for redirect in (">&-", "2>&-", ">&- 2>&- <&-"):
+        for arguments in ("status", "disable", "--help", "track build", "nonsense"):
+            done = subprocess.run(
+                ["sh", "-c", f"exec {sys.executable} {MODULE} {arguments} {redirect}"],
+                capture_output=True, text=True, timeout=FAR,
+            )  # fmt: skip
+            assert "Traceback" not in done.stderr
+            assert done.returncode == (2 if arguments == "nonsense" else 0)
+
+
+def test_the_name_of_a_copy_is_its_own(acme, here):
+    env = {**os.environ, "PYTHONPATH": str(acme), "TRIX_TELEMETRY_ENDPOINT": ""}
+    command = [sys.executable, "-m", "acme._vendor.usage"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env)
+    assert "usage: python -m acme._vendor.usage" in done.stdout
+    done = subprocess.run([*command, "track", "/"], capture_output=True, text=True, env=env)
+    assert done.stderr.startswith("acme._vendor.usage: error: ")
+
+
+def test_the_command_line_hangs_under_a_tool_of_its_own(capsys):
+    trix_telemetry.initialize_telemetry(prog="acme telemetry", service_name="acme")
+    assert trix_telemetry.main(["--help"]) == 0
+    assert trix_telemetry.main(["track", "/"], prog="acme usage") == 1
+    out, err = capsys.readouterr()
+    assert "usage: acme telemetry" in out
+    assert err.startswith("acme usage: error: ")
+    assert "trix" not in (out + err).lower()
+
+
+@pytest.mark.parametrize("flags", [[], ["-I"], ["-OO"], ["-S"]])
+def test_selftest_passes_where_everything_speaks_against_it(home, flags):
+    home.chmod(0o555)
+    env = {"DO_NOT_TRACK": "1", "http_proxy": "http://127.0.0.1:1", "TRIX_TELEMETRY": "0"}
+    done = subprocess.run(
+        [sys.executable, *flags, MODULE, "selftest"],
+        capture_output=True, text=True, env={**os.environ, **env}, cwd=home, timeout=2 * FAR,
+    )  # fmt: skip
+    home.chmod(0o755)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "FAILED" not in done.stdout
+    assert done.stdout.count("resourceMetrics") == 1
+    assert list(home.iterdir()) == []
+
+
+def test_selftest_fails_when_something_is_broken(home):
+    broken = MODULE.read_text().replace('"asInt": "1"', '"asInt": 1 / 0')
+    (home / "broken.py").write_text(broken)
+    done = subprocess.run([sys.executable, home / "broken.py", "selftest"], capture_output=True)
+    assert done.returncode == 1
+    assert b"FAILED" in done.stdout

@@ -450,16 +450,20 @@ def _configured(directory: str, config: bytes | None) -> tuple[TelemetryConfig, 
         raise _Invalid(f"{_config_path(directory)}: {problem}") from None
 
 
-def _with_table(config: bytes, tool: _Tool, enabled: bool) -> bytes:
-    """A config with the `[telemetry]` table added, in the config's own kind of lines."""
-    table = (
+def _table(tool: _Tool, enabled: bool) -> str:
+    """What a new config holds."""
+    return (
         f"# Anonymous usage telemetry of {tool.service_name}; about it: {tool.prog} status\n"
         f"[telemetry]\nenabled = {str(enabled).lower()}\ntimeout_ms = {_TIMEOUT_MS}\n"
         f'# otlp_endpoint = "{tool.endpoint or "https://collector.example.com"}"\n'
     )
-    newline = b"\r\n" if b"\r\n" in config else b"\n"
-    gap = b"" if not config else newline if config.endswith(b"\n") else 2 * newline
-    return config + gap + table.encode().replace(b"\n", newline)
+
+
+def _appended(config: str, table: str) -> bytes:
+    """A config with a table at its end, in its own kind of lines."""
+    newline = "\r\n" if "\r\n" in config else "\n"
+    gap = newline if config.endswith("\n") else 2 * newline if config else ""
+    return (config + gap + table.replace("\n", newline)).encode()
 
 
 def _introduce(call: _Call) -> bytes:
@@ -473,7 +477,7 @@ def _introduce(call: _Call) -> bytes:
         found = _read_config(call.directory)
         if found is not None and _configured(call.directory, found)[1]:
             return found
-        config = _with_table(found or b"", call.tool, True)
+        config = _appended((found or b"").decode(), _table(call.tool, True))
         path = os.path.realpath(_config_path(call.directory))
         _write(path, config, new=found is None, like="" if found is None else path)
     if not _say(_notice(call.tool, call.url)):
@@ -707,22 +711,23 @@ def _explained(error: Exception, call: _Call) -> str:
     import http.client
     import socket
 
+    hint = f"does the port speak {'http' if call.url.startswith('https') else 'https'}?"
+    message = getattr(error, "verify_message", "")
     if isinstance(error, TimeoutError) or call.is_used_up():
         return f"timed out after {call.took()}, {call.phase}"
     if isinstance(error, ConnectionRefusedError):
         return f"connection refused, {call.phase}"
     if isinstance(error, socket.gaierror):
         return f"unknown host, {call.phase}: {error.strerror}"
-    if isinstance(error, ConnectionError):  # RemoteDisconnected is one
-        return f"connection closed or reset, {call.phase}"
+    if isinstance(error, ConnectionError):
+        return f"connection closed, {call.phase}; {hint}"
     if isinstance(error, http.client.HTTPException):
-        return "the answer is not HTTP; does the port speak TLS?"
-    message = getattr(error, "verify_message", "")
+        return f"the answer is not HTTP; {hint}"
     if message:
-        gives = "; SSL_CERT_FILE=authorities.pem gives it one" if "certificate" in message else ""
+        gives = "; SSL_CERT_FILE=authority.pem gives one" if "certificate" in message else ""
         return f"certificate not accepted: {_plain(message)}{gives}"
     if getattr(error, "library", "") == "SSL":
-        return f"TLS failed, {call.phase}; does the port speak TLS? {_plain(error)}"
+        return f"TLS failed, {call.phase}: {_plain(error)}; {hint}"
     return f"{_plain(error)}, {call.phase}"
 
 
@@ -1044,21 +1049,28 @@ def main(argv: "list[str] | None" = None, prog: str | None = None) -> int:
         tool.prog = prog
     label = tool.prog.removeprefix("python -m ")
     try:
-        options = _parser(tool.prog, label).parse_args(argv)
-        code = int(options.run(tool, options))
+        code = _run(tool, label, argv)
         if sys.stdout:
             sys.stdout.flush()
-    except SystemExit as stop:  # of argparse: --help, --version, a wrong usage
-        return stop.code if isinstance(stop.code, int) else 1
+        return code
     except BrokenPipeError:  # such as `| head -0`; the interpreter flushes once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _run(tool: _Tool, label: str, argv: "list[str] | None") -> int:
+    try:
+        options = _parser(tool.prog, label).parse_args(argv)
+        return int(options.run(tool, options))
+    except SystemExit as stop:  # of argparse: --help, --version, a wrong usage
+        return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:
+        raise
     except (_Off, OSError, ImportError) as error:
         _say(f"{label}: error: {_one_line(error)}")
         return 1
-    return code
 
 
 def _parser(prog: str, label: str) -> "argparse.ArgumentParser":
@@ -1204,27 +1216,25 @@ def _set_enabled(tool: _Tool, enabled: bool) -> int:
 def _edited(found: bytes | None, tool: _Tool, enabled: bool) -> bytes:
     """The config with telemetry.enabled set, and every other byte kept. Raises _Off."""
     if found is None:
-        return _with_table(b"", tool, enabled)
+        return _table(tool, enabled).encode()
     before = _parse(found, str)  # floats as text, since nan is not equal to itself
-    if "telemetry" not in before:
-        return _with_table(found, tool, enabled)
-    table = before["telemetry"]
+    table = before.get("telemetry", {})
     if not isinstance(table, dict):
         raise _bad("", table, "a table")
-    if table.get("enabled", True) is enabled:
+    if "telemetry" in before and table.get("enabled", True) is enabled:
         return found
     value = str(enabled).lower()
     wanted = {**before, "telemetry": {**table, "enabled": enabled}}
-    for text in _candidates(found.decode(), "enabled" in table, value):
+    for config in _candidates(found.decode(), "enabled" in table, value):
         try:
-            if _parse(text.encode(), str) == wanted:
-                return text.encode()
+            if _parse(config, str) == wanted:
+                return config
         except _Invalid:
             continue
     raise _Off(f"too unusual to be edited; write `enabled = {value}` into [telemetry] by hand")
 
 
-def _candidates(text: str, has_key: bool, value: str) -> "Iterator[str]":
+def _candidates(text: str, has_key: bool, value: str) -> "Iterator[bytes]":
     """Edits one of which should be the right one; a parser will tell."""
     import re
 
@@ -1232,18 +1242,19 @@ def _candidates(text: str, has_key: bool, value: str) -> "Iterator[str]":
     name = r"""(?:telemetry|"telemetry"|'telemetry')[ \t]*"""
     if has_key:
         start, end = _span_of_enabled(text)
-        yield text[:start] + value + text[end:]
+        yield f"{text[:start]}{value}{text[end:]}".encode()
         return
-    for header in re.finditer(rf"(?m)^[ \t]*\[[ \t]*{name}\][^\n]*$\n?", text):
+    yield _appended(text, f"[telemetry]\nenabled = {value}\n")
+    for header in re.finditer(rf"(?m)^[ \t]*\[[ \t]*{name}\].*\n?", text):
         gap = "" if header[0].endswith("\n") else newline
-        yield f"{text[: header.end()]}{gap}enabled = {value}{newline}{text[header.end() :]}"
+        line = f"{gap}enabled = {value}{newline}"
+        yield f"{text[: header.end()]}{line}{text[header.end() :]}".encode()
     for inline in re.finditer(rf"{name}=[ \t]*\{{[ \t]*(\}}?)", text):
-        at = inline.start(1)
-        yield f"{text[:at]}enabled = {value}{'' if inline[1] else ', '}{text[at:]}"
+        at, comma = inline.start(1), "" if inline[1] else ", "
+        yield f"{text[:at]}enabled = {value}{comma}{text[at:]}".encode()
     for dotted in re.finditer(rf"(?m)^[ \t]*{name}\.", text):
         at = dotted.start()
-        yield f"{text[:at]}telemetry.enabled = {value}{newline}{text[at:]}"
-    yield f"{text.rstrip()}{newline}[telemetry]{newline}enabled = {value}{newline}"
+        yield f"{text[:at]}telemetry.enabled = {value}{newline}{text[at:]}".encode()
 
 
 def _span_of_enabled(text: str) -> tuple[int, int]:
@@ -1261,7 +1272,8 @@ def _span_of_enabled(text: str) -> tuple[int, int]:
         numbered += f"{text[end : match.start(1)]}{number}"
         end = match.end(1)
     found = _parse(f"{numbered}{text[end:]}".encode())["telemetry"]["enabled"]
-    return matches[found].span(1) if type(found) is int else (0, 0)
+    is_number = type(found) is int and 0 <= found < len(matches)
+    return matches[found].span(1) if is_number else (0, 0)
 
 
 def _run_preview(tool: _Tool, options: "argparse.Namespace") -> int:
