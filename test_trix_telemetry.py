@@ -6,9 +6,7 @@ Nothing here touches the real home or leaves the loopback. `python -m pytest -m 
 import ast
 import contextlib
 import email.utils
-import fcntl
 import http.server
-import io
 import json
 import logging
 import os
@@ -395,6 +393,26 @@ def test_generated_configs_are_off_exactly_where_a_parser_finds_it(state):
                 assert tomllib.loads(text)["telemetry"]["enabled"] is False, text
                 found += 1
     assert found > 50
+
+
+def test_what_is_read_without_a_parser_is_what_the_parser_reads():
+    lines = [
+        "[telemetry]", " [telemetry] ", "[telemetry] # c", "[other]", "enabled = true", "", "=", "= 1",
+        "enabled=false", "enabled = true # c", "timeout_ms = 50", "timeout_ms = 0", "timeout_ms = 007",
+        "timeout_ms = 1_0", "timeout_ms = +5", "timeout_ms = 123456789012", "# [telemetry] = x",
+        'otlp_endpoint = "http://h:1/a?b#c"', 'otlp_endpoint = ""', 'otlp_endpoint = "', "#\ttab",
+        'otlp_endpoint = "a\\n"', 'otlp_endpoint = "a" # "', 'otlp_endpoint = "a""', "a\rb", "x = 1",
+        "otlp_endpoint = 'a'", "# caf\u00e9", '"enabled" = true', "enabled = True", "\x0cenabled = true",
+    ]  # fmt: skip
+    found = 0
+    for seed in range(20_000):
+        dice = random.Random(seed)
+        text = dice.choice(["\n", "\n", "\r\n"]).join(dice.choices(lines, k=dice.randint(1, 5)))
+        table = trix_telemetry._plain_table(text.encode())
+        if table is not None:
+            assert repr(tomllib.loads(text)) == repr({"telemetry": table}), text
+            found += 1
+    assert found > 200
 
 
 BAD_CONFIGS = [
@@ -2414,3 +2432,176 @@ def test_selftest_fails_when_something_is_broken(home):
     done = subprocess.run([sys.executable, home / "broken.py", "selftest"], capture_output=True)
     assert done.returncode == 1
     assert b"FAILED" in done.stdout
+
+
+# The benchmark: python -m pytest -m bench -s
+
+BENCH_PAIRS = int(os.environ.get("BENCH_PAIRS", "21"))
+BENCH_ON = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import trix_telemetry
+trix_telemetry.track_command_execution("build")
+"""
+BENCH_FLOOR = """
+import atexit, json, os, threading, urllib.request
+def send():
+    value = {"stringValue": "x" * 64}
+    body = json.dumps({"resourceMetrics": [{"a": {"key": "k", "value": value}} for _ in range(4)]})
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(getattr(urllib.request, os.environ["BENCH_HANDLER"])())
+    url = os.environ["TRIX_TELEMETRY_ENDPOINT"] + "/v1/metrics"
+    headers = {"Content-Type": "application/json"}
+    opener.open(urllib.request.Request(url, body.encode(), headers), timeout=2).close()
+thread = threading.Thread(target=send, daemon=True)
+thread.start()
+atexit.register(thread.join, 2)
+"""
+BENCH_SDK = """
+import os
+from opentelemetry.exporter.otlp.json.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+endpoint = os.environ["TRIX_TELEMETRY_ENDPOINT"] + "/v1/metrics"
+provider = MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=endpoint))])
+provider.get_meter("trix").create_counter("trix_command_invocation").add(1)
+"""
+BENCH_CALLER = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import threading, time, trix_telemetry
+def timed(function, *args):
+    began = time.perf_counter()
+    thread = function(*args)
+    took = time.perf_counter() - began
+    thread.join()
+    return took * 1000
+def bare():
+    thread = threading.Thread(target=int, daemon=True)
+    thread.start()
+    return thread
+timed(bare)
+first = timed(trix_telemetry.track_command_execution, "build")
+later = [timed(trix_telemetry.track_command_execution, "build") for _ in range(31)]
+starts = [timed(bare) for _ in range(31)]
+print(first, sorted(later)[15], sorted(starts)[15])
+"""
+BENCH_OFF = f"""
+import sys, time; sys.path.insert(0, {str(HERE)!r})
+began = time.perf_counter()
+import trix_telemetry
+trix_telemetry.track_command_execution("build")
+middle = time.perf_counter()
+import json
+print((middle - began) * 1000, (time.perf_counter() - middle) * 1000)
+"""
+
+
+# The last thing that a process does is to tell its peak: this handler was the first registered.
+BENCH_PEAK = """
+import atexit, os
+def tell():
+    with open("/proc/self/status") as file:
+        os.write(3, file.read().partition("VmHWM:")[2].split()[0].encode())
+if os.path.exists("/proc/self/status"):
+    atexit.register(tell)
+"""
+
+
+def measured(code, env):
+    """CPU and wall milliseconds of a whole process, and its peak memory in KiB or None."""
+    read, write = os.pipe()
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        ["sh", "-c", f'exec {sys.executable} -c "$0" 3>&{write}', BENCH_PEAK + code],
+        env=env,
+        pass_fds=[write],
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    took = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    os.close(write)
+    with open(read) as file:
+        peak = file.read()
+    assert process.returncode == 0
+    return (usage.ru_utime + usage.ru_stime) * 1000, took * 1000, int(peak) if peak else None
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+@pytest.mark.bench
+def test_bench(collector, secure, home, config, capsys, tmp_path_factory):
+    """One table; each row's ratio is the median of pairs, measured in turn in this run."""
+    on = config(enabled=True, timeout_ms=30_000).parent.parent.parent
+    trix_telemetry.get_user_fingerprint()
+    off = tmp_path_factory.mktemp("off")
+    (off / ".tx3" / "trix").mkdir(parents=True)
+    (off / ".tx3" / "trix" / "config.toml").write_text("[telemetry]\nenabled = false\n")
+    (home / "empty" / AUTHORITY_HASH).write_text(AUTHORITY)
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("SSL_", "PYTHONDONT"))}
+    http = {**base, "TRIX_TELEMETRY_ENDPOINT": collector.url, "BENCH_HANDLER": "HTTPHandler"}
+    tls = {**base, "TRIX_TELEMETRY_ENDPOINT": secure.url, "BENCH_HANDLER": "HTTPSHandler"}
+    tls |= {"SSL_CERT_DIR": str(home / "empty")}
+    rows = {
+        "bare interpreter": ("", {**http, "HOME": str(on)}),
+        "off": (BENCH_ON, {**http, "HOME": str(off)}),
+        "on": (BENCH_ON, {**http, "HOME": str(on)}),
+        "floor": (BENCH_FLOOR, http),
+        "on, TLS": (BENCH_ON, {**tls, "HOME": str(on)}),
+        "floor, TLS": (BENCH_FLOOR, tls),
+    }
+    with contextlib.suppress(ImportError):
+        import opentelemetry.exporter.otlp.json.http.metric_exporter  # noqa: F401
+
+        rows["official SDK"] = (BENCH_SDK, http)
+    for code, env in rows.values():
+        measured(code, env)
+    results = {name: [] for name in rows}
+    for _ in range(BENCH_PAIRS):
+        for name, (code, env) in rows.items():
+            results[name].append(measured(code, env))
+    caller = subprocess.run(
+        [sys.executable, "-c", BENCH_CALLER], env={**http, "HOME": str(on)}, capture_output=True
+    ).stdout.split()
+    imports = [
+        subprocess.run(
+            [sys.executable, "-c", BENCH_OFF], env={**http, "HOME": str(off)}, capture_output=True
+        ).stdout.split()
+        for _ in range(BENCH_PAIRS)
+    ]
+    table = bench_table(results, [float(x) for x in caller], [list(map(float, x)) for x in imports])
+    with capsys.disabled():
+        print(f"\n{table}")
+    assert len(collector.requests) >= 2 * BENCH_PAIRS
+    assert len(secure.requests) >= 2 * BENCH_PAIRS
+
+
+def bench_table(results, caller, imports):
+    bare = results["bare interpreter"]
+    floors = {"on": "floor", "on, TLS": "floor, TLS", "official SDK": "floor"}
+    lines = [f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {BENCH_PAIRS} runs each"]
+    lines.append(f"{'median of whole processes':<26}{'CPU':>9}{'wall':>9}{'ratio':>17}{'peak':>12}")
+    for name, runs in results.items():
+        cpu, wall = (median([r[i] - b[i] for r, b in zip(runs, bare, strict=True)]) for i in (0, 1))
+        sign = "" if name == "bare interpreter" else "+"
+        if not sign:
+            cpu, wall = (median([run[i] for run in runs]) for i in (0, 1))
+        ratio = peak = ""
+        if name in floors:
+            floor = results[floors[name]]
+            value = median([r[0] / f[0] for r, f in zip(runs, floor, strict=True)])
+            ratio = f"{value:.2f} of {floors[name]}"
+        if runs[0][2]:
+            peak = f"{median([run[2] for run in runs]) / 1024:.1f} MiB"
+        lines.append(
+            f"{name:<26}{sign}{cpu:.1f} ms".ljust(35)
+            + f"{sign}{wall:.1f} ms".rjust(9)
+            + f"{ratio:>17}{peak:>12}"
+        )
+    first, later, start = caller
+    lines.append(f"{'first call':<26}{first:.3f} ms, a bare Thread.start() {start:.3f} ms")
+    lines.append(f"{'later calls':<26}{later:.3f} ms")
+    ratio = median([ours / theirs for ours, theirs in imports])
+    ours = median([ours for ours, _ in imports])
+    lines.append(f"{'off: import and call':<26}{ours:.3f} ms, {ratio:.2f} of import json")
+    return "\n".join(lines)

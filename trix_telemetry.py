@@ -116,8 +116,8 @@ class TelemetryConfig:
     __slots__ = ("enabled", "otlp_endpoint", "otlp_headers", "timeout_ms")
     enabled: bool
     timeout_ms: int
-    otlp_endpoint: str | None
-    otlp_headers: dict[str, str]
+    otlp_endpoint: "str | None"
+    otlp_headers: "dict[str, str]"
 
     def __init__(self, table: "Any") -> None:
         """Take a parsed table. Raises _Invalid for a value of the wrong type or range."""
@@ -151,7 +151,7 @@ class CommandMetric:
     def __init__(self, name: str, command: str, start: int, end: int) -> None:
         self.name, self.command, self.start, self.end = name, command, start, end
 
-    def encode(self, resource: dict[str, str]) -> "dict[str, Any]":
+    def encode(self, resource: "dict[str, str]") -> "dict[str, Any]":
         """An ExportMetricsServiceRequest in OTLP's JSON Protobuf encoding."""
         point = {
             "attributes": _attributes({"command_name": self.command}),
@@ -174,7 +174,7 @@ class _Call:
 
     thread: "threading.Thread"
 
-    def __init__(self, tool: _Tool, command: "Any", endpoint: str | None) -> None:
+    def __init__(self, tool: _Tool, command: "Any", endpoint: "str | None") -> None:
         self.began, self.started = time.monotonic(), time.time_ns()
         self.deadline = self.began + _TIMEOUT_MS / 1000  # until the config is parsed
         self.tool, self.command = tool, command
@@ -189,15 +189,19 @@ class _Call:
 
     def left(self) -> float:
         """Seconds of the budget, always some. Raises TimeoutError when it is used up."""
-        if self.is_used_up():
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
             raise TimeoutError
-        return max(self.deadline - time.monotonic(), 0.001)
+        return seconds
 
     def is_used_up(self) -> bool:
         return time.monotonic() >= self.deadline
 
     def took(self) -> str:
-        return f"{(time.monotonic() - self.began) * 1000:.0f} ms"
+        return f"after {(time.monotonic() - self.began) * 1000:.0f} ms"
+
+    def timed_out(self) -> str:
+        return f"timed out {self.took()}, {self.phase}"
 
 
 def _module_name() -> str:
@@ -214,8 +218,10 @@ def _plain(text: object, length: int = 160) -> str:
 def _shown(value: object) -> str:
     """What was found, for a message; what a URL may carry in secret stays out of it."""
     if isinstance(value, str):
-        scheme, _, rest = value.partition("?")[0].partition("#")[0].rpartition("//")
-        return repr(_plain(f"{scheme}//…@{rest.rpartition('@')[2]}" if "@" in rest else value))
+        head, mark, _ = value.replace("#", "?").partition("?")
+        user, at, host = head.rpartition("@")
+        shown = f"{user.partition('//')[0]}//…@{host}" if at else head
+        return repr(_plain(f"{shown}{mark and '?…'}"))
     if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
         return str(value).lower()
     kind = value if isinstance(value, type) else type(value)
@@ -226,7 +232,7 @@ def _bad(key: str, found: object, allowed: str) -> _Invalid:
     return _Invalid(f"telemetry{key} is {_shown(found)}; allowed: {allowed}")
 
 
-def _is_command(name: object, commands: frozenset[str] | None) -> bool:
+def _is_command(name: object, commands: "frozenset[str] | None") -> bool:
     """Whether it is `[A-Za-z][A-Za-z0-9_-]{0,63}`, and of the closed set where there is one."""
     return (
         isinstance(name, str)
@@ -267,7 +273,7 @@ def _metrics_url(base: object) -> str:
     return base.rstrip("/") + ("" if done else "/v1/metrics")
 
 
-def _attributes(values: dict[str, str]) -> "list[dict[str, Any]]":
+def _attributes(values: "dict[str, str]") -> "list[dict[str, Any]]":
     return [{"key": key, "value": {"stringValue": value}} for key, value in values.items()]
 
 
@@ -339,6 +345,20 @@ def _debug(tool: _Tool, text: str) -> None:
     if _debugs(tool):
         label = tool.prog.removeprefix("python -m ")
         _say("\n".join(f"{label}: {line}" for line in text.splitlines()))
+
+
+def _shielded(function: "Callable[..., Any]", *args: "Any") -> "Any":
+    """What function returns; None where it raises, for the host is not to know."""
+    try:
+        return function(*args)
+    except Exception as error:
+        _debug(_tool or _Tool(), f"off: {error!r}")
+        return None
+
+
+def _one_line(error: Exception) -> str:
+    known = isinstance(error, OSError) and error.strerror
+    return f"{error.filename}: {error.strerror}" if known else str(error)  # type: ignore
 
 
 def _private(path: str, flags: int) -> int:
@@ -413,10 +433,10 @@ def _state_directory(tool: _Tool) -> str:
 
 
 def _config_path(directory: str) -> str:
-    return os.path.join(directory, "config.toml")
+    return f"{directory}/config.toml"
 
 
-def _read_config(directory: str, limit: int = _CONFIG_BYTES_MAX + 1) -> bytes | None:
+def _read_config(directory: str, limit: int = _CONFIG_BYTES_MAX + 1) -> "bytes | None":
     """config.toml; None where there is no file. Raises OSError."""
     path = _config_path(directory)
     try:
@@ -441,13 +461,59 @@ def _parse(config: bytes, parse_float: "Callable[[str], Any]" = float) -> "dict[
         raise _Invalid(f"not TOML: {bom}; allowed: TOML in UTF-8") from None
 
 
-def _configured(directory: str, config: bytes | None) -> tuple[TelemetryConfig, bool]:
+def _plain_table(config: bytes) -> "dict[str, Any] | None":
+    """The `[telemetry]` of a config that holds its plainest settings and no more, as most do.
+
+    None for any other: tomllib knows, but its import costs a seventh of a whole send.
+    """
+    table: dict[str, Any] | None = None
+    for line in config.decode(errors="replace").replace("\r\n", "\n").split("\n"):
+        key, _, value = (part.strip() for part in line.partition("="))
+        inner = value[1:-1]
+        if not (line.isascii() and line.isprintable()):
+            return None
+        if key.startswith("#") or not line.strip():
+            continue
+        if table is None and line.strip() == "[telemetry]":
+            table = {}
+        elif table is None or key in table:
+            return None
+        elif key == "enabled" and value in ("true", "false"):
+            table[key] = value == "true"
+        elif key == "timeout_ms" and value.isdigit() and value[0] != "0" and len(value) < 9:
+            table[key] = int(value)
+        elif key == "otlp_endpoint" and value == f'"{inner}"' and not {'"', "\\"} & set(inner):
+            table[key] = inner
+        else:
+            return None
+    return table
+
+
+def _configured(directory: str, config: "bytes | None") -> "tuple[TelemetryConfig, bool]":
     """The settings, and whether a table holds them. Raises _Off, _Invalid."""
+    if config is None:
+        return TelemetryConfig({}), False
     try:
-        document = _parse(config or b"")
+        table = _plain_table(config)
+        document = _parse(config) if table is None else {"telemetry": table}
         return TelemetryConfig(document.get("telemetry", {})), "telemetry" in document
     except _Invalid as problem:
         raise _Invalid(f"{_config_path(directory)}: {problem}") from None
+
+
+def _effective_url(tool: _Tool, override: "str | None", config: TelemetryConfig) -> str:
+    """Where to send: the environment decides, else the file, else the tool. Raises _Off."""
+    base, source = tool.endpoint, "the tool's own endpoint"
+    if config.otlp_endpoint is not None:
+        base, source = config.otlp_endpoint, "telemetry.otlp_endpoint"
+    if override is not None:
+        base, source = override, f"{tool.environment}_ENDPOINT"
+    if not base:
+        raise _Off(f"there is no endpoint to send to: {source} is empty")
+    url = _metrics_url(base)
+    if not url:
+        raise _Invalid(f"{source} is {_shown(base)}; allowed: {_URL_ALLOWED}")
+    return url
 
 
 def _table(tool: _Tool, enabled: bool) -> str:
@@ -499,7 +565,7 @@ def _notice(tool: _Tool, url: str) -> str:
 def _stored_fingerprint(directory: str) -> str:
     """The fingerprint on disk; "" where there is none that can be used."""
     try:
-        stored = _read(os.path.join(directory, "fingerprint"), 128).decode().strip()
+        stored = _read(f"{directory}/fingerprint", 128).decode().strip()
     except (OSError, ValueError):
         return ""
     return "" if len(stored) > 64 or stored.strip(_HEX_DIGITS) else stored
@@ -522,14 +588,14 @@ def _kept_fingerprint(directory: str) -> str:
             stored = _stored_fingerprint(directory)
             if not stored:
                 stored = _new_fingerprint()
-                _write(os.path.join(directory, "fingerprint"), stored.encode())
+                _write(f"{directory}/fingerprint", stored.encode())
     return stored
 
 
-def _read_cooldown(directory: str, url: str) -> tuple[int, int, str]:
+def _read_cooldown(directory: str, url: str) -> "tuple[int, int, str]":
     """The last cool-down of this URL: seconds to go, its whole length, its reason."""
     try:
-        text = _read(os.path.join(directory, "cooldown"), _EXCERPT_BYTES).decode()
+        text = _read(f"{directory}/cooldown", _EXCERPT_BYTES).decode()
         until, length, target, reason = text.rstrip("\n").split(" ", 3)
         to_go, seconds = int(until) - int(time.time()), int(length)
     except (OSError, ValueError):
@@ -547,13 +613,13 @@ def _start_cooldown(call: _Call, seconds: int = 0) -> None:
         return
     seconds = seconds or min(max(2 * last, _COOLDOWN_SECONDS), _COOLDOWN_SECONDS_MAX)
     text = f"{int(time.time()) + seconds} {seconds} {call.url} {call.text}\n"
-    _shielded(_write, os.path.join(call.directory, "cooldown"), text.encode())
+    _shielded(_write, f"{call.directory}/cooldown", text.encode())
 
 
 def _end_cooldown(directory: str) -> bool:
     """Whether there was one, running or not."""
     try:
-        os.unlink(os.path.join(directory, "cooldown"))
+        os.unlink(f"{directory}/cooldown")
     except OSError:
         return False
     return True
@@ -678,7 +744,7 @@ def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
     import http.client
 
     status = response.status
-    call.text = f"HTTP {status} after {call.took()}"
+    call.text = f"HTTP {status} {call.took()}"
     call.outcome = "sent" if 200 <= status < 300 else "failed"
     try:
         answer = response.read(_EXCERPT_BYTES) if call.asked else b""
@@ -695,7 +761,7 @@ def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
     return _retry_after(response.getheader("Retry-After", "")) if status in (429, 503) else 0
 
 
-def _partial_success(answer: bytes) -> tuple[int, str]:
+def _partial_success(answer: bytes) -> "tuple[int, str]":
     """How many points were rejected, and the message: OTLP specification, "Partial Success"."""
     import json
 
@@ -714,7 +780,7 @@ def _explained(error: Exception, call: _Call) -> str:
     hint = f"does the port speak {'http' if call.url.startswith('https') else 'https'}?"
     message = getattr(error, "verify_message", "")
     if isinstance(error, TimeoutError) or call.is_used_up():
-        return f"timed out after {call.took()}, {call.phase}"
+        return call.timed_out()
     if isinstance(error, ConnectionRefusedError):
         return f"connection refused, {call.phase}"
     if isinstance(error, socket.gaierror):
@@ -731,12 +797,8 @@ def _explained(error: Exception, call: _Call) -> str:
     return f"{_plain(error)}, {call.phase}"
 
 
-def _request(
-    call: _Call, config: TelemetryConfig, fingerprint: str, window: tuple[int, int]
-) -> "urllib.request.Request":
-    """The request, with each header that will be on the wire."""
+def _body(call: _Call, fingerprint: str, window: "tuple[int, int]") -> bytes:
     import json
-    import urllib.request
 
     resource = {
         "service.name": call.tool.service_name,
@@ -744,7 +806,13 @@ def _request(
         "user.fingerprint": fingerprint,
     }
     metric = CommandMetric(call.tool.metric_name, call.command, *window)
-    body = json.dumps(metric.encode(resource), separators=(",", ":")).encode()
+    return json.dumps(metric.encode(resource), separators=(",", ":")).encode()
+
+
+def _request(call: _Call, config: TelemetryConfig, body: bytes) -> "urllib.request.Request":
+    """The request, with each header that will be on the wire."""
+    import urllib.request
+
     request = urllib.request.Request(call.url, data=body, method="POST")
     fixed = ("application/json", str(len(body)), request.host, "close")
     ours = {"User-Agent": f"trix-telemetry/{__version__}", "Accept-Encoding": "identity"}
@@ -823,6 +891,7 @@ class OtlpClient:
 
     def run(self, call: _Call) -> None:
         """What the thread does."""
+        time.sleep(0.001)  # the caller has the interpreter back; else it would wait for 5 ms
         try:
             self.deliver(call)
         except (_Off, OSError, ImportError) as reason:
@@ -833,18 +902,19 @@ class OtlpClient:
 
     def deliver(self, call: _Call) -> None:
         """From the config to the answer. Raises _Off, OSError: nothing was sent."""
-        self.load("tomllib", "urllib.parse")
+        self.load("urllib.parse")
         if not _stored_fingerprint(call.directory):  # it may be the first run
             _shielded(self.load, "hashlib", "platform", "fcntl")
         config = self.configure(call)
         to_go, _, reason = _read_cooldown(call.directory, call.url)
         if to_go and not call.in_cooldown:
             raise _Off(f"cooling down for {to_go} s: {reason}")
-        self.load("json", "socket", "email.parser", "http.client", "urllib.request")
+        self.load("json")
+        body = _body(call, self.identify(call.directory), self.window(call.started))
+        self.load("socket", "email.parser", "http.client", "urllib.request")
         if call.url.startswith("https"):
             self.load("ssl", "encodings.idna")
-        fingerprint = self.identify(call.directory)
-        request = _request(call, config, fingerprint, self.window(call.started))
+        request = _request(call, config, body)
         if call.asked:
             _debug(call.tool, _rendered(request, config))
         retry_after = _send(request, call)
@@ -857,6 +927,8 @@ class OtlpClient:
         """The settings; the budget and the URL go to the call. Raises _Off, OSError."""
         if call.config and len(call.config) == _HEAD_BYTES:
             call.config = _read_config(call.directory)
+        if call.config is not None and _plain_table(call.config) is None:
+            self.load("tomllib")
         config, is_stored = _configured(call.directory, call.config)
         if not config.enabled:
             raise _Off(f"{_config_path(call.directory)} says enabled = false")
@@ -876,7 +948,7 @@ class OtlpClient:
                 self.fingerprint = self.fingerprint or _new_fingerprint()
                 return self.fingerprint
 
-    def window(self, started: int) -> tuple[int, int]:
+    def window(self, started: int) -> "tuple[int, int]":
         """The start and end of a point, after all those before it: Unix nanoseconds."""
         with self.lock:
             start = max(started, self.window_end)
@@ -898,38 +970,17 @@ class OtlpClient:
         if alive and sys.stdout:
             _shielded(sys.stdout.flush)  # who reads from a pipe need not wait, too
         for call in alive:
-            while call.thread.is_alive() and not call.is_used_up():
-                call.thread.join(min(call.left(), _POLL_SECONDS))
+            while call.thread.is_alive() and (left := call.deadline - time.monotonic()) > 0:
+                call.thread.join(min(left, _POLL_SECONDS))
             if call.thread.is_alive():
                 if not call.outcome:
-                    call.outcome = "failed"
-                    call.text = f"timed out after {call.took()}, {call.phase}"
+                    call.outcome, call.text = "failed", call.timed_out()
                     _start_cooldown(call)
                 _debug(call.tool, f"{call.outcome}: {call.text}")
 
 
-def _effective_url(tool: _Tool, override: str | None, config: TelemetryConfig) -> str:
-    """Where to send: the environment decides, else the file, else the tool. Raises _Off."""
-    base, source = tool.endpoint, "the tool's own endpoint"
-    if config.otlp_endpoint is not None:
-        base, source = config.otlp_endpoint, "telemetry.otlp_endpoint"
-    if override is not None:
-        base, source = override, f"{tool.environment}_ENDPOINT"
-    if not base:
-        raise _Off(f"there is no endpoint to send to: {source} is empty")
-    url = _metrics_url(base)
-    if not url:
-        raise _Invalid(f"{source} is {_shown(base)}; allowed: {_URL_ALLOWED}")
-    return url
-
-
-def _one_line(error: Exception) -> str:
-    known = isinstance(error, OSError) and error.strerror
-    return f"{error.filename}: {error.strerror}" if known else str(error)  # type: ignore
-
-
-_tool: _Tool | None = None  # of the last initialize_telemetry()
-_clients: dict[int, OtlpClient] = {}  # by process id: a forked child makes its own
+_tool: "_Tool | None" = None  # of the last initialize_telemetry()
+_clients: "dict[int, OtlpClient]" = {}  # by process id: a forked child makes its own
 
 
 def _client() -> OtlpClient:
@@ -947,16 +998,7 @@ def _at_exit() -> None:
         pass
 
 
-def _shielded(function: "Callable[..., Any]", *args: "Any") -> "Any":
-    """What function returns; None where it raises, for the host is not to know."""
-    try:
-        return function(*args)
-    except Exception as error:
-        _debug(_tool or _Tool(), f"off: {error!r}")
-        return None
-
-
-def _admitted(tool: _Tool) -> tuple[str, bytes | None]:
+def _admitted(tool: _Tool) -> "tuple[str, bytes | None]":
     """The state directory and the head of the config in it. Raises _Off, OSError."""
     _check_switches(tool)
     directory = _state_directory(tool)
@@ -966,7 +1008,7 @@ def _admitted(tool: _Tool) -> tuple[str, bytes | None]:
     return directory, head
 
 
-def _prepare(tool: _Tool, name: object, endpoint: str | None) -> _Call:
+def _prepare(tool: _Tool, name: object, endpoint: "str | None") -> _Call:
     """What must be seen at the call, and no more. Raises _Off, OSError."""
     call = _Call(tool, name, endpoint)
     if not _is_command(name, tool.commands):
@@ -1004,13 +1046,13 @@ def track_command_execution(name: str) -> "threading.Thread | None":
 
 def initialize_telemetry(
     *,
-    service_name: str | None = None,
-    service_version: str | None = None,
-    endpoint: str | None = None,
-    metric_name: str | None = None,
+    service_name: "str | None" = None,
+    service_version: "str | None" = None,
+    endpoint: "str | None" = None,
+    metric_name: "str | None" = None,
     directory: "str | os.PathLike[str] | None" = None,
-    environment: str | None = None,
-    prog: str | None = None,
+    environment: "str | None" = None,
+    prog: "str | None" = None,
     commands: "Iterable[str] | None" = None,
 ) -> None:
     """Say which tool this is; what is not given stays as in the constants, which explain each.
@@ -1039,7 +1081,7 @@ def get_user_fingerprint() -> str:
 # The command line: from here on, nothing runs inside a host tool.
 
 
-def main(argv: "list[str] | None" = None, prog: str | None = None) -> int:
+def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     """The command line, also hung under a tool's own command: `main(args, prog="acme telemetry")`.
 
     Returns the exit code: 0, 1 for an error or an invalid config, 2 for a wrong usage.
@@ -1213,7 +1255,7 @@ def _set_enabled(tool: _Tool, enabled: bool) -> int:
     return 0
 
 
-def _edited(found: bytes | None, tool: _Tool, enabled: bool) -> bytes:
+def _edited(found: "bytes | None", tool: _Tool, enabled: bool) -> bytes:
     """The config with telemetry.enabled set, and every other byte kept. Raises _Off."""
     if found is None:
         return _table(tool, enabled).encode()
@@ -1257,7 +1299,7 @@ def _candidates(text: str, has_key: bool, value: str) -> "Iterator[bytes]":
         yield f"{text[:at]}telemetry.enabled = {value}{newline}{text[at:]}".encode()
 
 
-def _span_of_enabled(text: str) -> tuple[int, int]:
+def _span_of_enabled(text: str) -> "tuple[int, int]":
     """Where the value of telemetry.enabled stands. Raises _Invalid.
 
     A comment, a string or another table may hold the same text; so each value that it could be
@@ -1286,8 +1328,8 @@ def _run_preview(tool: _Tool, options: "argparse.Namespace") -> int:
     if facts["stored"] in ("on", "off"):
         config, _ = _configured(facts["directory"], _read_config(facts["directory"]))
     fingerprint = facts["fingerprint"] or "made-by-the-first-send"
-    request = _request(call, config, fingerprint, _client().window(call.started))
-    print(_rendered(request, config))
+    body = _body(call, fingerprint, _client().window(call.started))
+    print(_rendered(_request(call, config, body), config))
     if facts["state"] == "off":
         _say(f"It is not sent, telemetry is off: {facts['reason']}")
     return 0
@@ -1339,7 +1381,7 @@ def _issuer(call: _Call) -> str:
 
 
 def _run_reset(tool: _Tool, options: "argparse.Namespace") -> int:
-    path = os.path.join(_state_directory(tool), "fingerprint")
+    path = f"{_state_directory(tool)}/fingerprint"
     with _Lock(_state_directory(tool)):
         found = os.path.lexists(path)
         if found:
@@ -1385,7 +1427,7 @@ def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
     return 0 if passed else 1
 
 
-def _selftest(tool: _Tool, home: str, url: str, bodies: list[bytes]) -> bool:
+def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
     import json
     import subprocess
 
@@ -1415,10 +1457,8 @@ def _selftest(tool: _Tool, home: str, url: str, bodies: list[bytes]) -> bool:
         point = json.loads(bodies[0])["resourceMetrics"][0]["scopeMetrics"][0]["metrics"][0]["sum"]
         window = [int(v) for k, v in point["dataPoints"][0].items() if k.endswith("UnixNano")]
         call = _Call(tool, "selftest", None)
-        call.url = url
-        fingerprint = _stored_fingerprint(state)
-        request = _request(call, TelemetryConfig({}), fingerprint, (window[0], window[1]))
-        return request.data == bodies[0] and window[1] - window[0] >= _WINDOW_NS
+        body = _body(call, _stored_fingerprint(state), (window[0], window[1]))
+        return body == bodies[0] and window[1] - window[0] >= _WINDOW_NS
 
     notice = _notice(tool, f"{url}/v1/metrics")
     step("first run: notice, delivery", lambda: run() == notice and len(bodies) == 1)
