@@ -63,6 +63,7 @@ _POLL_SECONDS = 0.05  # a config that was read meanwhile may have moved the dead
 _FALSE = ("0", "false", "no", "off")
 _HEX_DIGITS = "0123456789abcdefABCDEF"
 _NOT_IN_URL = frozenset(' "<>\\^`{|}?#')  # RFC 3986; a base URL has no query or fragment
+_IN_HOST = "abcdefghijklmnopqrstuvwxyz0123456789-._"
 _NOT_IN_HEADER_NAME = frozenset(' "(),/:;<=>?@[\\]{}')  # RFC 9110, section 5.6.2
 _FIXED_HEADERS = ("content-type", "content-length", "host", "connection", "transfer-encoding")
 _URL_ALLOWED = "an http or https base URL with a host and without user info, query or fragment"
@@ -99,6 +100,8 @@ class _Tool:
                 text = _shielded(os.fspath, value) if name == "directory" else value
                 is_line = isinstance(text, str) and text.isprintable()
                 may_be_empty = name in ("endpoint", "prog", "service_version")
+                if name == "environment":  # some locales have no other variables
+                    is_line = is_line and str(text).isascii()
                 self.keep(name, text, is_line and bool(text or may_be_empty), "one line of text")
         self.prog = self.prog or f"python -m {_module_name()}"
 
@@ -134,7 +137,7 @@ class TelemetryConfig:
             raise _bad(".otlp_endpoint", self.otlp_endpoint, _URL_ALLOWED)
         headers = table.get("otlp_headers", {})
         if not isinstance(headers, dict):
-            raise _bad(".otlp_headers", headers, "a table of strings")
+            raise _bad(".otlp_headers", type(headers), "a table of strings")
         for name, value in headers.items():
             if not isinstance(value, str) or {"\r", "\n"} & set(name + value):
                 found = type(value)  # never the value: it may be a secret
@@ -183,6 +186,7 @@ class _Call:
         self.config: bytes | None = None
         self.asked = _debugs(tool)  # whether somebody reads the outcome
         self.in_cooldown = False  # whether a cool-down does not matter
+        self.is_given_up = False  # whether the end of the process has come first
         self.phase = "preparing"
         self.received = 0  # bytes
         self.outcome, self.text = "", ""  # sent, failed or off; and what to say of it
@@ -216,12 +220,13 @@ def _plain(text: object, length: int = 160) -> str:
 
 
 def _shown(value: object) -> str:
-    """What was found, for a message; what a URL may carry in secret stays out of it."""
+    """What was found, for a message; what may be a URL's secret stays out of it."""
     if isinstance(value, str):
-        head, mark, _ = value.replace("#", "?").partition("?")
-        user, at, host = head.rpartition("@")
-        shown = f"{user.partition('//')[0]}//…@{host}" if at else head
-        return repr(_plain(f"{shown}{mark and '?…'}"))
+        return (
+            "not shown, since it holds @, ? or #"
+            if set("@?#") & set(value)
+            else repr(_plain(value))
+        )
     if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
         return str(value).lower()
     kind = value if isinstance(value, type) else type(value)
@@ -264,13 +269,18 @@ def _metrics_url(base: object) -> str:
         return ""
     try:
         url = urlsplit(base)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        host, bracket, port = url.netloc.rpartition("]")
+        is_host = bool(url.hostname) and not set(url.hostname or "").difference(_IN_HOST)
+        if bracket:  # IPv6, whose digits urlsplit() has checked
+            is_host = host.startswith("[") and port[:1] in ("", ":")
+        good = is_host and url.scheme in ("http", "https") and url.port != 0
     except ValueError:  # broken IPv6, a port that is none
         return ""
     if not good or "@" in url.netloc or _NOT_IN_URL & set(base):
         return ""
-    done = url.path.rstrip("/").endswith("/v1/metrics")
-    return base.rstrip("/") + ("" if done else "/v1/metrics")
+    is_whole = url.path.rstrip("/").endswith("/v1/metrics")
+    rest = base[len(url.scheme) :].rstrip("/")
+    return f"{url.scheme}{rest}" if is_whole else f"{url.scheme}{rest}/v1/metrics"
 
 
 def _attributes(values: "dict[str, str]") -> "list[dict[str, Any]]":
@@ -303,7 +313,8 @@ def _says_off(config: bytes) -> bool:
         header = config.rfind(b"[", 0, start)
         if b"".join(line.split()) == b"enabled=false" and config.startswith(b"[telemetry]", header):
             indent = config[config.rfind(b"\n", 0, header) + 1 : header]
-            return not (indent.strip() or b'"""' in config[:at] or b"'''" in config[:at])
+            strange = (b'"""', b"'''", b"{")  # within which a line may mean something else
+            return not (indent.strip() or any(mark in config[:at] for mark in strange))
     return False
 
 
@@ -318,8 +329,9 @@ def _debugs(tool: _Tool) -> bool:
 
 def _check_switches(tool: _Tool) -> None:
     """Raises _Off where the environment says so, _Invalid where the tool is at fault."""
-    if os.environ.get("DO_NOT_TRACK", "").strip() and not _is_false("DO_NOT_TRACK"):
-        raise _Off(f"DO_NOT_TRACK is set to {_plain(os.environ['DO_NOT_TRACK'], 20)}")
+    do_not_track = os.environ.get("DO_NOT_TRACK", "")
+    if do_not_track.lower() not in ("", *_FALSE):
+        raise _Off(f"DO_NOT_TRACK is set to {_plain(do_not_track, 20)}")
     if _is_false(tool.environment):
         raise _Off(f"{tool.environment} is set to {os.environ[tool.environment].strip()}")
     if tool.problem:
@@ -333,8 +345,12 @@ def _say(text: str) -> bool:
     """
     try:
         try:
-            os.write(sys.stderr.fileno(), f"{text}\n".encode(errors="replace"))
-        except ValueError:  # a stream without a descriptor, as of a test or a notebook
+            descriptor = sys.stderr.fileno()
+        except (OSError, ValueError):  # a stream in memory, as of a test or a notebook
+            descriptor = None
+        if type(descriptor) is int:
+            os.write(descriptor, f"{text}\n".encode(errors="replace"))
+        else:
             sys.stderr.write(f"{text}\n")
     except (AttributeError, OSError, ValueError):  # none, broken, closed
         return False
@@ -349,16 +365,21 @@ def _debug(tool: _Tool, text: str) -> None:
 
 def _shielded(function: "Callable[..., Any]", *args: "Any") -> "Any":
     """What function returns; None where it raises, for the host is not to know."""
-    try:
-        return function(*args)
-    except Exception as error:
-        _debug(_tool or _Tool(), f"off: {error!r}")
-        return None
+    failure: Exception | None = None
+    for _ in range(2):
+        try:
+            if failure is None:
+                return function(*args)
+            _debug(_tool or _Tool(), f"off: {type(failure).__name__}: {failure}")
+        except Exception as error:  # whatever it is: the telling may fail, too
+            failure = error
+    return None
 
 
 def _one_line(error: Exception) -> str:
-    known = isinstance(error, OSError) and error.strerror
-    return f"{error.filename}: {error.strerror}" if known else str(error)  # type: ignore
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return _plain(f"{error.filename}: {error.strerror}", 1000)
+    return _plain(error, 1000)
 
 
 def _private(path: str, flags: int) -> int:
@@ -409,16 +430,26 @@ class _Lock:
     def __enter__(self) -> None:
         if sys.platform == "win32":
             return
-        try:
-            import fcntl
+        import fcntl
 
-            self.descriptor = os.open(self.directory, os.O_RDONLY)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # some network file systems: go without
-            pass
+        self.descriptor = os.open(self.directory, os.O_RDONLY)
+        for _ in range(500):
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.01)
+                continue
+            except OSError:  # some network file systems: go without
+                pass
+            return
+        self.__exit__()
+        raise TimeoutError(f"{self.directory} is locked by another process")
 
     def __exit__(self, *_: object) -> None:
-        if self.descriptor >= 0:
+        if self.descriptor >= 0 and sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # of a child forked meanwhile, too
             os.close(self.descriptor)
 
 
@@ -428,7 +459,7 @@ def _state_directory(tool: _Tool) -> str:
     if path.startswith("~") and (os.environ.get("HOME") or os.name == "nt"):
         path = os.path.expanduser(path)
     if not os.path.isabs(path):
-        raise _Off(f"there is no home directory for {path}: set HOME")
+        raise _Off(f"no home for {path}: HOME is not set to an absolute path")
     return path
 
 
@@ -546,8 +577,9 @@ def _introduce(call: _Call) -> bytes:
         config = _appended((found or b"").decode(), _table(call.tool, True))
         path = os.path.realpath(_config_path(call.directory))
         _write(path, config, new=found is None, like="" if found is None else path)
-    if not _say(_notice(call.tool, call.url)):
-        raise _Off("the first-run notice could not be written to stderr")
+        if not _say(_notice(call.tool, call.url)):
+            os.unlink(path) if found is None else _write(path, found, like=path)
+            raise _Off("the first-run notice could not be written to stderr")
     return config
 
 
@@ -692,16 +724,16 @@ def _open(
         made._create_connection = lambda address, *_: _dial(call, *address)  # type: ignore[attr-defined]
         return made
 
-    class Handler(urllib.request.HTTPHandler):
-        def http_open(self, request: urllib.request.Request) -> "Any":
+    class Handler(urllib.request.AbstractHTTPHandler):
+        def open_it(self, request: urllib.request.Request) -> "Any":
             return self.do_open(connect, request)
 
-        https_open = http_open
-        https_request = urllib.request.HTTPHandler.http_request
-
+    scheme = "https" if context else "http"  # a proxy that speaks another one is not for us
+    setattr(Handler, f"{scheme}_open", Handler.open_it)
+    setattr(Handler, f"{scheme}_request", Handler.do_request_)
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(urllib.request.getproxies_environment()))
-    opener.add_handler(Handler())
+    opener.add_handler(Handler(debuglevel=0))  # whatever the host has set
     response = opener.open(request, timeout=call.left())
     if response is None:
         raise OSError("no way to speak with the proxy of the environment")
@@ -721,14 +753,14 @@ def _tls_contexts() -> "Iterator[ssl.SSLContext]":
     yield ssl.create_default_context()
 
 
-def _send(request: "urllib.request.Request", call: _Call) -> int:
+def _send(call: _Call, config: TelemetryConfig, body: bytes) -> int:
     """Send, set the call's outcome and text, and return the seconds of a Retry-After."""
     import http.client
 
-    contexts = _tls_contexts() if request.type == "https" else [None]
+    contexts = _tls_contexts() if call.url.startswith("https:") else [None]
     for context in contexts:
         try:
-            with _open(request, call, context) as response:
+            with _open(_request(call, config, body), call, context) as response:
                 return _judge(response, call)
         except (OSError, http.client.HTTPException, ValueError) as error:
             wrapped = getattr(error, "reason", None)  # by urllib
@@ -747,16 +779,20 @@ def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
     call.text = f"HTTP {status} {call.took()}"
     call.outcome = "sent" if 200 <= status < 300 else "failed"
     try:
-        answer = response.read(_EXCERPT_BYTES) if call.asked else b""
+        answer = response.read(_ANSWER_BYTES_MAX) if call.asked else b""
     except (OSError, http.client.HTTPException):  # it comes late, or not whole
         answer = b""
     said = _plain(" ".join(answer.decode(errors="replace").split()))
     if call.outcome == "sent":
         rejected, said = _partial_success(answer)
-        if rejected:
-            call.outcome, said = "failed", f"{rejected} data point rejected: {said}"
+        if rejected > 0:
+            call.outcome = "failed"
+            said = (
+                f"the collector rejected {_plain(rejected, 20)} data point: {said or 'no reason'}"
+            )
     elif 300 <= status < 400:
-        said = f"redirects to {_plain(response.getheader('Location'))}; not followed"
+        where = _plain(response.getheader("Location", "nowhere"))
+        said = f"redirect to {where}, which is not followed"
     call.text += f": {said}" if said else ""
     return _retry_after(response.getheader("Retry-After", "")) if status in (429, 503) else 0
 
@@ -768,7 +804,7 @@ def _partial_success(answer: bytes) -> "tuple[int, str]":
     try:
         partial = json.loads(answer)["partialSuccess"]
         return int(partial.get("rejectedDataPoints", 0)), _plain(partial.get("errorMessage", ""))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return 0, ""  # nothing said, or in Protobuf
 
 
@@ -787,14 +823,19 @@ def _explained(error: Exception, call: _Call) -> str:
         return f"unknown host, {call.phase}: {error.strerror}"
     if isinstance(error, ConnectionError):
         return f"connection closed, {call.phase}; {hint}"
+    if isinstance(error, http.client.InvalidURL):
+        return "a proxy of the environment is not a valid URL"
     if isinstance(error, http.client.HTTPException):
-        return f"the answer is not HTTP; {hint}"
+        return f"the answer is not HTTP, or too long; {hint}"
     if message:
-        gives = "; SSL_CERT_FILE=authority.pem gives one" if "certificate" in message else ""
+        is_unknown = 18 <= getattr(error, "verify_code", 0) <= 21  # of X509_V_ERR_*
+        gives = "; name the file of its authority in SSL_CERT_FILE" if is_unknown else ""
         return f"certificate not accepted: {_plain(message)}{gives}"
     if getattr(error, "library", "") == "SSL":
         return f"TLS failed, {call.phase}: {_plain(error)}; {hint}"
-    return f"{_plain(error)}, {call.phase}"
+    # The text of a ValueError may show what it stumbled over, such as a proxy's password.
+    text = _plain(error) if isinstance(error, OSError) else type(error).__name__
+    return f"{text}, {call.phase}"
 
 
 def _body(call: _Call, fingerprint: str, window: "tuple[int, int]") -> bytes:
@@ -832,6 +873,14 @@ def _rendered(request: "urllib.request.Request", config: TelemetryConfig) -> str
     return "\n".join([*lines, "", body.decode()])
 
 
+def _block_sigpipe() -> None:
+    """On this thread: in a host that has it end the process, a server could do that, too."""
+    import signal
+
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+
+
 class OtlpClient:
     """The one handle of a process: its sends under way, the end of its last window, and where
     none can be stored, its fingerprint. There is no queue: a fifth send at once is dropped."""
@@ -842,6 +891,7 @@ class OtlpClient:
 
         self.lock = threading.RLock()  # a signal handler may track, too
         self.importing = threading.RLock()
+        self.is_ending = False
         self.calls: list[_Call] = []
         self.window_end = 0
         self.fingerprint = ""
@@ -856,7 +906,7 @@ class OtlpClient:
         import threading
 
         main = threading.main_thread()
-        if threading.current_thread() is main and not main.is_alive():
+        if threading.get_ident() == main.ident and not main.is_alive():
             raise _Off("the process is at its end")
         with self.lock:
             self.calls = [call for call in self.calls if call.thread.is_alive()]
@@ -876,6 +926,8 @@ class OtlpClient:
         """
         for name in names:
             with self.importing:
+                if self.is_ending:
+                    raise _Off("the process is at its end")
                 __import__(name)
 
     def before_fork(self) -> None:
@@ -886,13 +938,14 @@ class OtlpClient:
         self.importing.acquire()
         ours = [call for call in self.calls if call.thread.is_alive()]
         if ours and threading.active_count() == len(ours) + 1:
-            message = r".*use of fork\(\) may lead to deadlocks"
-            warnings.filterwarnings("ignore", message, DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
 
     def run(self, call: _Call) -> None:
         """What the thread does."""
         time.sleep(0.001)  # the caller has the interpreter back; else it would wait for 5 ms
         try:
+            self.load("signal")
+            _block_sigpipe()
             self.deliver(call)
         except (_Off, OSError, ImportError) as reason:
             if isinstance(reason, _Invalid):
@@ -911,16 +964,17 @@ class OtlpClient:
             raise _Off(f"cooling down for {to_go} s: {reason}")
         self.load("json")
         body = _body(call, self.identify(call.directory), self.window(call.started))
-        self.load("socket", "email.parser", "http.client", "urllib.request")
-        if call.url.startswith("https"):
-            self.load("ssl", "encodings.idna")
-        request = _request(call, config, body)
+        self.load("socket", "email.parser")
+        _shielded(self.load, "ssl")  # which a Python may lack
+        self.load("http.client", "tempfile", "urllib.request")
+        if call.url.startswith("https:"):
+            self.load("encodings.idna")
         if call.asked:
-            _debug(call.tool, _rendered(request, config))
-        retry_after = _send(request, call)
+            _debug(call.tool, _rendered(_request(call, config, body), config))
+        retry_after = _send(call, config, body)
         if call.outcome == "sent":
             _end_cooldown(call.directory)
-        elif retry_after or call.is_used_up():
+        elif not call.is_given_up and (retry_after or call.is_used_up()):
             _start_cooldown(call, retry_after)
 
     def configure(self, call: _Call) -> TelemetryConfig:
@@ -942,11 +996,13 @@ class OtlpClient:
     def identify(self, directory: str) -> str:
         """The fingerprint: the one on disk, or where none can be stored, one of this process."""
         try:
-            return _kept_fingerprint(directory)
+            if directory:
+                return _kept_fingerprint(directory)
         except OSError:
-            with self.lock:
-                self.fingerprint = self.fingerprint or _new_fingerprint()
-                return self.fingerprint
+            pass
+        with self.lock:
+            self.fingerprint = self.fingerprint or _new_fingerprint()
+            return self.fingerprint
 
     def window(self, started: int) -> "tuple[int, int]":
         """The start and end of a point, after all those before it: Unix nanoseconds."""
@@ -972,10 +1028,12 @@ class OtlpClient:
         for call in alive:
             while call.thread.is_alive() and (left := call.deadline - time.monotonic()) > 0:
                 call.thread.join(min(left, _POLL_SECONDS))
-            if call.thread.is_alive():
-                if not call.outcome:
-                    call.outcome, call.text = "failed", call.timed_out()
-                    _start_cooldown(call)
+            if call.outcome:
+                call.thread.join(_POLL_SECONDS)  # it is about to end, perhaps with a cool-down
+            elif call.thread.is_alive():
+                call.is_given_up = True
+                call.outcome, call.text = "failed", call.timed_out()
+                _start_cooldown(call)
                 _debug(call.tool, f"{call.outcome}: {call.text}")
 
 
@@ -993,19 +1051,11 @@ def _at_exit() -> None:
     try:
         if client:
             _shielded(client.wait)
-            client.importing.acquire(timeout=0.1)  # and never released
+            client.is_ending = True
+            if client.importing.acquire(timeout=0.1):  # the import under way is done
+                client.importing.release()
     except (KeyboardInterrupt, SystemExit):  # a signal: the wait is over
         pass
-
-
-def _admitted(tool: _Tool) -> "tuple[str, bytes | None]":
-    """The state directory and the head of the config in it. Raises _Off, OSError."""
-    _check_switches(tool)
-    directory = _state_directory(tool)
-    head = _read_config(directory, _HEAD_BYTES)
-    if head and _says_off(head):
-        raise _Off(f"{_config_path(directory)} says enabled = false")
-    return directory, head
 
 
 def _prepare(tool: _Tool, name: object, endpoint: "str | None") -> _Call:
@@ -1013,9 +1063,13 @@ def _prepare(tool: _Tool, name: object, endpoint: "str | None") -> _Call:
     call = _Call(tool, name, endpoint)
     if not _is_command(name, tool.commands):
         raise _Off("what was given is not the name of a command")
-    call.directory, call.config = _admitted(tool)
-    config = call.config or b""
-    in_file = b"endpoint" in config or b"\\" in config or len(config) == _HEAD_BYTES
+    _check_switches(tool)
+    call.directory = _state_directory(tool)
+    call.config = _read_config(call.directory, _HEAD_BYTES)
+    head = call.config or b""
+    if _says_off(head):
+        raise _Off(f"{_config_path(call.directory)} says enabled = false")
+    in_file = b"endpoint" in head or b"\\" in head or len(head) == _HEAD_BYTES
     if not (tool.endpoint or in_file if endpoint is None else endpoint):
         raise _Off("there is no endpoint to send to")
     return call
@@ -1071,10 +1125,18 @@ def get_user_fingerprint() -> str:
     Made and stored where there is none. Where telemetry is off, or it cannot be stored, one
     that serves this process alone. Raises nothing.
     """
+    fingerprint: str | None = _shielded(_user_fingerprint)
+    return fingerprint or ""
+
+
+def _user_fingerprint() -> str:
+    tool, directory = _tool or _Tool(), ""
     try:
-        directory, _ = _admitted(_tool or _Tool())
-    except (_Off, OSError):
-        directory = ""
+        _check_switches(tool)
+        path = _state_directory(tool)
+        directory = path if _configured(path, _read_config(path))[0].enabled else ""
+    except (_Off, OSError, ValueError):
+        pass
     return _client().identify(directory)
 
 
@@ -1090,6 +1152,8 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     if prog:
         tool.prog = prog
     label = tool.prog.removeprefix("python -m ")
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal has all characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(tool, label, argv)
         if sys.stdout:
@@ -1104,7 +1168,7 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
 
 def _run(tool: _Tool, label: str, argv: "list[str] | None") -> int:
     try:
-        options = _parser(tool.prog, label).parse_args(argv)
+        options = _parser(tool, label).parse_args(argv)
         return int(options.run(tool, options))
     except SystemExit as stop:  # of argparse: --help, --version, a wrong usage
         return stop.code if isinstance(stop.code, int) else 1
@@ -1115,14 +1179,14 @@ def _run(tool: _Tool, label: str, argv: "list[str] | None") -> int:
         return 1
 
 
-def _parser(prog: str, label: str) -> "argparse.ArgumentParser":
+def _parser(tool: _Tool, label: str) -> "argparse.ArgumentParser":
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":
-            self.exit(2, f"{label}: error: {message}\n")
+            self.exit(2, f"{label}: error: {_plain(message, 1000)}\n")
 
-    parser = Parser(prog=prog, description="Look inside usage telemetry, and decide.")
+    parser = Parser(prog=tool.prog, description="Look inside usage telemetry, and decide.")
     parser.add_argument("--version", action="version", version=f"{label} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -1133,10 +1197,14 @@ def _parser(prog: str, label: str) -> "argparse.ArgumentParser":
 
     status = add(_run_status, "status", text="tell whether it is on, why, and where to")
     status.add_argument("--json", action="store_true", help="the same facts as JSON")
-    add(_run_enable, "enable", "on", text="turn it on in config.toml")
-    add(_run_disable, "disable", "off", text="turn it off in config.toml")
+    enable = add(_run_enable, "enable", "on", text="turn it on in config.toml")
+    enable.set_defaults(enabled=True)
+    disable = add(_run_enable, "disable", "off", text="turn it off in config.toml")
+    disable.set_defaults(enabled=False)
     preview = add(_run_preview, "preview", text="show the exact request; send nothing")
-    preview.add_argument("command", metavar="COMMAND", nargs="?", default="build")
+    preview.add_argument(
+        "command", metavar="COMMAND", nargs="?", default=min(tool.commands or ["build"])
+    )
     track = add(_run_track, "track", text="send one data point, wait, and tell what came of it")
     track.add_argument("command", metavar="COMMAND")
     track.add_argument("--endpoint", metavar="URL", help="send it there")
@@ -1168,28 +1236,49 @@ def _facts(tool: _Tool) -> "dict[str, Any]":
         stored, config = "invalid", TelemetryConfig({})
     elif is_stored:
         stored = "on" if config.enabled else "off"
+    elif directory and stored == "none":
+        attempt(_check_writable, directory)
     if not config.enabled:
         problems.append(_Off(f"{_config_path(directory)} says enabled = false"))
     endpoint = os.environ.get(f"{tool.environment}_ENDPOINT")
     url = attempt(_effective_url, tool, endpoint, config) or ""
-    to_go, _, reason = _read_cooldown(directory, url)
+    to_go, _, reason = _read_cooldown(directory, url) if directory else (0, 0, "")
     on = f"{_config_path(directory)} says so" if is_stored else "the default"
     return {
         "state": "off" if problems else "on",
-        "reason": _one_line(problems[0]) if problems else on,
+        "reason": _one_line(problems[0]) if problems else _plain(on, 1000),
         "invalid": [_one_line(p) for p in problems if isinstance(p, _Invalid)],
         "stored": stored,
         "endpoint": url or None,
         "encrypted": url.startswith("https:") if url else None,
+        "proxy": _proxy(url) or None,
         "timeout_ms": config.timeout_ms,
         "headers": sorted(config.otlp_headers),
-        "fingerprint": _stored_fingerprint(directory) or None,
+        "fingerprint": (_stored_fingerprint(directory) if directory else "") or None,
         "cooldown_seconds": to_go,
         "cooldown_reason": reason if to_go else None,
         "directory": directory or None,
         "config": _config_path(directory) if directory else None,
         "version": __version__,
     }
+
+
+def _check_writable(directory: str) -> None:
+    """Raises _Off where the first run could not make the config."""
+    while not os.path.exists(directory):
+        directory = os.path.dirname(directory)
+    if not os.access(directory, os.W_OK) or not os.path.isdir(directory):
+        raise _Off(f"{directory} cannot be written to, so that no choice could be kept")
+
+
+def _proxy(url: str) -> str:
+    """Which proxy of the environment stands between, without its user info, or ""."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies_environment, proxy_bypass
+
+    proxies = getproxies_environment()
+    proxy = proxies.get(url.partition(":")[0], "")
+    return "" if proxy and proxy_bypass(urlsplit(url).netloc) else _plain(proxy.rpartition("@")[2])
 
 
 def _run_status(tool: _Tool, options: "argparse.Namespace") -> int:
@@ -1205,12 +1294,14 @@ def _run_status(tool: _Tool, options: "argparse.Namespace") -> int:
     in_clear = facts["encrypted"] is False and not is_local
     end = time.strftime("%H:%M:%S", time.localtime(time.time() + facts["cooldown_seconds"]))
     cooling = f"until {end} ({facts['cooldown_seconds']} s): {facts['cooldown_reason']}"
+    others = [problem for problem in facts["invalid"] if problem != facts["reason"]]
     rows = {
         "because": facts["reason"],
-        "invalid": "; ".join(facts["invalid"]),
-        "stored": facts["stored"],
+        "invalid": "; ".join(others),
+        "stored": facts["stored"].replace("none", "nothing yet"),
         "endpoint": facts["endpoint"] or "none",
-        "mind": "http is not encrypted; anybody on the way can read along" if in_clear else "",
+        "note": "http is not encrypted; anybody on the way can read along" if in_clear else "",
+        "proxy": facts["proxy"],
         "headers": ", ".join(facts["headers"]),
         "timeout": f"{facts['timeout_ms']} ms",
         "fingerprint": facts["fingerprint"] or "none yet",
@@ -1222,41 +1313,41 @@ def _run_status(tool: _Tool, options: "argparse.Namespace") -> int:
     print(f"Telemetry: {facts['state'].upper()}")
     for name, text in rows.items():
         if text:
-            print(f"  {name:<13}{text}")
+            print(f"  {name:<13}{_plain(text, 1000)}")
     return 1 if facts["invalid"] else 0
 
 
 def _run_enable(tool: _Tool, options: "argparse.Namespace") -> int:
-    return _set_enabled(tool, True)
-
-
-def _run_disable(tool: _Tool, options: "argparse.Namespace") -> int:
-    return _set_enabled(tool, False)
-
-
-def _set_enabled(tool: _Tool, enabled: bool) -> int:
     """Change the one value. Raises _Off, OSError: the file is then untouched."""
+    enabled: bool = options.enabled
     directory = _state_directory(tool)
     path = os.path.realpath(_config_path(directory))
     with _Lock(directory):
-        found = _read_config(directory)
         try:
+            found = _read_config(directory)
             config = _edited(found, tool, enabled)
-        except _Off as problem:
-            raise _Off(f"{path}: {problem}; nothing was changed") from None
-        if config != found:
-            _write(path, config, new=found is None, like="" if found is None else path)
-    print(f"Telemetry is {'on' if enabled else 'off'} in {path}")
+            if config != found:
+                _write(path, config, new=found is None, like="" if found is None else path)
+        except (_Off, OSError) as problem:
+            reason = getattr(problem, "strerror", None) or problem
+            raise _Off(f"{path}: {reason}; nothing was changed") from None
+    print(f"Telemetry is {'on' if enabled else 'off'} in {_plain(path, 1000)}")
     if enabled and _end_cooldown(directory):
         print("The cool-down was ended.")
-    facts = _facts(tool)
-    if facts["state"] != ("on" if enabled else "off") or "is set to" in facts["reason"]:
-        print(f"It is {facts['state']} all the same: {facts['reason']}")
+    try:
+        _check_switches(tool)
+        facts = _facts(tool)
+        if enabled and facts["state"] == "off":
+            print(f"Nothing is sent all the same: {facts['reason']}")
+    except _Off as why:
+        print(f"{why}: so it is off, whatever the file says.")
     return 0
 
 
 def _edited(found: "bytes | None", tool: _Tool, enabled: bool) -> bytes:
     """The config with telemetry.enabled set, and every other byte kept. Raises _Off."""
+    from itertools import islice
+
     if found is None:
         return _table(tool, enabled).encode()
     before = _parse(found, str)  # floats as text, since nan is not equal to itself
@@ -1265,13 +1356,15 @@ def _edited(found: "bytes | None", tool: _Tool, enabled: bool) -> bytes:
         raise _bad("", table, "a table")
     if "telemetry" in before and table.get("enabled", True) is enabled:
         return found
+    if type(table.get("enabled", True)) is not bool:
+        raise _bad(".enabled", table["enabled"], "true or false")
     value = str(enabled).lower()
     wanted = {**before, "telemetry": {**table, "enabled": enabled}}
-    for config in _candidates(found.decode(), "enabled" in table, value):
+    for config in islice(_candidates(found.decode(), "enabled" in table, value), 64):
         try:
             if _parse(config, str) == wanted:
                 return config
-        except _Invalid:
+        except (_Invalid, RecursionError):
             continue
     raise _Off(f"too unusual to be edited; write `enabled = {value}` into [telemetry] by hand")
 
@@ -1307,40 +1400,48 @@ def _span_of_enabled(text: str) -> "tuple[int, int]":
     """
     import re
 
-    value = r"""true|false|(?!'''|\"{3})(?:"[^"\\\n]*"|'[^'\n]*'|[^\s,#"'\[\]{}]+)"""
-    matches = list(re.finditer(rf"""enabled["']?[ \t]*=[ \t]*({value})""", text))
+    # A bare word in place of a bare word: whatever it stands in, it stays well-formed.
+    matches = list(re.finditer(r"""enabled["']?[ \t]*=[ \t]*(true|false)""", text))
     numbered, end = "", 0
     for number, match in enumerate(matches):
         numbered += f"{text[end : match.start(1)]}{number}"
         end = match.end(1)
     found = _parse(f"{numbered}{text[end:]}".encode())["telemetry"]["enabled"]
-    is_number = type(found) is int and 0 <= found < len(matches)
-    return matches[found].span(1) if is_number else (0, 0)
+    return matches[found].span(1) if type(found) is int else (0, 0)
 
 
 def _run_preview(tool: _Tool, options: "argparse.Namespace") -> int:
-    if not _is_command(options.command, tool.commands):
-        raise _Off(f"{_shown(options.command)} may not be counted; it would be dropped")
+    _check_command(tool, options.command)
     facts = _facts(tool)
     call = _Call(tool, options.command, None)
     call.url = facts["endpoint"] or "http://no-endpoint/v1/metrics"
     config = TelemetryConfig({})
     if facts["stored"] in ("on", "off"):
         config, _ = _configured(facts["directory"], _read_config(facts["directory"]))
-    fingerprint = facts["fingerprint"] or "made-by-the-first-send"
+    fingerprint = facts["fingerprint"] or 64 * "0"
     body = _body(call, fingerprint, _client().window(call.started))
     print(_rendered(_request(call, config, body), config))
     if facts["state"] == "off":
         _say(f"It is not sent, telemetry is off: {facts['reason']}")
+    if not facts["fingerprint"]:
+        _say("The fingerprint is yet to be made, by the first send.")
+    if facts["proxy"]:
+        _say(f"It goes through a proxy of the environment, {facts['proxy']}, and says so to it.")
     return 0
+
+
+def _check_command(tool: _Tool, name: str) -> None:
+    if not _is_command(name, None):
+        raise _Off(f"{_shown(name)} is not a command name; it would be dropped")
+    if not _is_command(name, tool.commands):
+        raise _Off(f"{name} is not among the tool's commands; it would be dropped")
 
 
 def _run_track(tool: _Tool, options: "argparse.Namespace") -> int:
     endpoint = options.endpoint or os.environ.get(f"{tool.environment}_ENDPOINT")
     if options.endpoint is not None and not _metrics_url(options.endpoint):
         raise _Invalid(f"--endpoint is {_shown(options.endpoint)}; allowed: {_URL_ALLOWED}")
-    if not _is_command(options.command, tool.commands):
-        raise _Off(f"{_shown(options.command)} may not be counted; it would be dropped")
+    _check_command(tool, options.command)
     try:
         call = _prepare(tool, options.command, endpoint)
         call.asked = call.in_cooldown = True
@@ -1354,39 +1455,40 @@ def _run_track(tool: _Tool, options: "argparse.Namespace") -> int:
     elif call.outcome == "sent":
         print(f"Sent to {call.url}: {call.text}")
     else:
-        raise _Off(f"not sent to {call.url}: {call.text or call.phase}{_issuer(call)}")
+        raise _Off(f"{call.url}: {call.text or call.phase}{_issuer(call)}")
     return 0
 
 
 def _issuer(call: _Call) -> str:
-    """Which authority signed the certificate that was not accepted, for whoever looks for it."""
-    if not call.text.startswith("certificate"):
-        return ""
+    """Which authority signed a certificate that was not accepted, for whoever looks for it."""
+    import re
     import ssl
     from urllib.parse import urlsplit
 
+    if not call.text.startswith("certificate") or _proxy(call.url):
+        return ""
     server = urlsplit(call.url)
     try:
         address = (server.hostname or "", server.port or 443)
-        certificate = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(address, timeout=2))
+        certificate = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(address, timeout=1))
     except (OSError, ValueError):
         return ""
-    # X.520 commonName; the issuer's stands before the subject's (RFC 5280, section 4.1).
-    _, _, rest = certificate.partition(b"\x06\x03\x55\x04\x03")
-    return (
-        f"; it is signed by {_plain(rest[2 : 2 + rest[1]].decode(errors='replace'))}"
-        if rest
-        else ""
-    )
+    # X.520 commonName, before the times of validity: RFC 5280, section 4.1.
+    found = re.search(rb"^.*?\x06\x03\x55\x04\x03.(.)", certificate, re.S)
+    if not found or re.search(rb"\x17\x0d|\x18\x0f", found[0]):
+        return ""
+    name = certificate[found.end() : found.end() + found[1][0]]
+    return f"; it is signed by {_plain(name.decode(errors='replace'))}"
 
 
 def _run_reset(tool: _Tool, options: "argparse.Namespace") -> int:
     path = f"{_state_directory(tool)}/fingerprint"
-    with _Lock(_state_directory(tool)):
-        found = os.path.lexists(path)
-        if found:
-            os.unlink(path)
-    print(f"{'Forgotten' if found else 'There is none'}: {path}")
+    try:
+        os.unlink(path)
+    except (FileNotFoundError, NotADirectoryError):
+        print(f"There is none: {_plain(path, 1000)}")
+    else:
+        print(f"Forgotten: {_plain(path, 1000)}")
     return 0
 
 
@@ -1438,20 +1540,26 @@ def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
     here = [] if __package__ else [os.path.dirname(os.path.abspath(__file__))]
     argument = json.dumps([_module_name(), [*here, *sys.path], given])
     command = [sys.executable, "-B", "-c", _SELFTEST_PROCESS, argument]
-    ours = ("DO_NOT_TRACK", tool.environment, f"{tool.environment}_")
+    others = ("DO_NOT_TRACK", tool.environment, "PYTHON")  # but for where modules are
     base = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")}
-    base = {k: v for k, v in base.items() if not k.startswith(ours)} | {"HOME": home}
+    base = {k: v for k, v in base.items() if not k.startswith(others) or k == "PYTHONPATH"}
     results: list[bool] = []
+    said = ""
 
     def run(**more: str) -> str:
-        done = subprocess.run(command, env=base | more, capture_output=True, check=False)
-        return done.stderr.decode().strip() if not done.returncode else f"exit {done.returncode}"
+        nonlocal said
+        env = base | {"HOME": home} | more
+        done = subprocess.run(command, env=env, capture_output=True, check=False)
+        said = done.stderr.decode(errors="replace").strip()
+        return said if not done.returncode else f"exit {done.returncode}"
 
     def step(name: str, check: "Callable[[], bool]") -> None:
         began = time.perf_counter()
         results.append(bool(_shielded(check)))
         took = (time.perf_counter() - began) * 1000
         print(f"{'ok' if results[-1] else 'FAILED':<8}{name:<44}{took:8.1f} ms")
+        if not results[-1] and said:
+            print(f"        {_plain(said.splitlines()[-1])}")
 
     def payload() -> bool:
         point = json.loads(bodies[0])["resourceMetrics"][0]["scopeMetrics"][0]["metrics"][0]["sum"]
@@ -1459,6 +1567,10 @@ def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
         call = _Call(tool, "selftest", None)
         body = _body(call, _stored_fingerprint(state), (window[0], window[1]))
         return body == bodies[0] and window[1] - window[0] >= _WINDOW_NS
+
+    def disable() -> bool:
+        _write(_config_path(state), _edited(_read_config(state), tool, False))
+        return True
 
     notice = _notice(tool, f"{url}/v1/metrics")
     step("first run: notice, delivery", lambda: run() == notice and len(bodies) == 1)
@@ -1470,8 +1582,7 @@ def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
     step("off: DO_NOT_TRACK=1", lambda: run(DO_NOT_TRACK="1") == "" and len(bodies) == 2)
     off = {tool.environment: "0"}
     step(f"off: {tool.environment}=0", lambda: run(**off) == "" and len(bodies) == 2)
-    _write(_config_path(state), _edited(_read_config(state), tool, False))
-    step("off: enabled = false", lambda: run() == "" and len(bodies) == 2)
+    step("off: enabled = false", lambda: disable() and run() == "" and len(bodies) == 2)
     return all(results)
 
 
