@@ -2438,6 +2438,456 @@ def test_selftest_fails_when_something_is_broken(home):
     assert b"FAILED" in done.stdout
 
 
+# What was once broken
+
+
+def close_at_once(connection):
+    pass
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_host_that_dies_of_sigpipe_does_not_die_of_ours(hostile, config, scheme):
+    config(otlp_endpoint=f"{scheme}://{hostile(close_at_once).address}")
+    code = "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+    code += "trix_telemetry.track_command_execution('build')"
+    for _ in range(5):
+        assert silent(tool(code))
+
+
+def test_a_notice_to_a_reader_that_is_gone_does_not_kill(here, state):
+    read, write = os.pipe()
+    os.close(read)
+    code = "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+    code += "trix_telemetry.track_command_execution('build')"
+    done = tool(code, capture_output=False, stdout=subprocess.PIPE, stderr=write)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert here.requests == []
+    assert not (state / "config.toml").exists()
+
+
+@pytest.mark.parametrize("before", [None, "a = 1\n"])
+def test_what_could_not_be_told_is_undone(here, state, config, before):
+    path = config(before) if before else state / "config.toml"
+    with open("/dev/full", "w") as full:
+        done = tool(capture_output=False, stdout=subprocess.PIPE, stderr=full)
+    assert (done.returncode, here.requests) == (0, [])
+    assert (path.read_text() if path.exists() else None) == before
+    assert "trix-cli" in tool().stderr
+    assert here.commands == ["build"]
+
+
+def test_a_thread_may_fork_when_the_process_is_at_its_end(here, config):
+    config(enabled=True)
+    done = tool(
+        """
+        import atexit, os, threading, time
+        def fork():
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+        def late():
+            try:
+                thread = threading.Thread(target=fork, daemon=True)
+                thread.start()
+            except RuntimeError:  # Python 3.12 starts no threads here
+                return
+            thread.join()
+        atexit.register(late)
+        trix_telemetry.track_command_execution("build")
+    """,
+        "-W",
+        "ignore",
+    )
+    assert silent(done), done.stderr
+
+
+def test_a_child_forked_meanwhile_does_not_keep_the_lock(home):
+    lock = trix_telemetry._Lock(str(home))
+    lock.__enter__()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read, 1)
+        os._exit(0)
+    lock.__exit__()
+    began = time.monotonic()
+    with trix_telemetry._Lock(str(home)):
+        pass
+    os.write(write, b"x")
+    os.waitpid(child, 0)
+    os.close(read)
+    os.close(write)
+    assert time.monotonic() - began < 4
+
+
+def test_a_lock_that_is_never_let_go_is_not_waited_for_for_ever(home):
+    with trix_telemetry._Lock(str(home)), pytest.raises(TimeoutError, match="locked"):
+        trix_telemetry._Lock(str(home)).__enter__()
+
+
+def test_what_the_host_debugs_of_http_does_not_show_ours(here, config):
+    config(enabled=True)
+    code = "import http.client; http.client.HTTPConnection.debuglevel = 1\n"
+    assert silent(tool(code + "trix_telemetry.track_command_execution('build')"))
+    assert here.commands == ["build"]
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "https://me:secret@{}",
+        "socks5://{}",
+        "garbage",
+        "http:/me:secret@{}",
+        "http://me:secret@h:x",
+    ],
+)
+def test_odd_proxies_get_nothing_and_show_nothing(here, collector, config, proxy):
+    config(enabled=True)
+    env = {"http_proxy": proxy.format(collector.url.removeprefix("http://"))}
+    endpoint = {"TRIX_TELEMETRY_ENDPOINT": "http://192.0.2.1"}
+    assert silent(tool(env=env | endpoint))
+    done = tool(env=env | endpoint | {"TRIX_TELEMETRY_DEBUG": "1"})
+    assert "failed: " in done.stderr
+    assert "secret" not in done.stderr
+    assert collector.requests == []
+
+
+def tunnel(requests):
+    """A proxy that knows CONNECT and no more."""
+
+    def speak(connection):
+        head = connection.recv(65536).decode()
+        requests.append(head.splitlines()[0])
+        host, port = head.split()[1].split(":")
+        with socket.create_connection((host, int(port))) as server:
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            copy = threading.Thread(target=pump, args=(server, connection), daemon=True)
+            copy.start()
+            pump(connection, server)
+            copy.join(FAR)
+
+    return speak
+
+
+def pump(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_tls_through_a_proxy(secure, hostile, home, config, hashed):
+    requests = []
+    proxy = hostile(tunnel(requests))
+    config(enabled=True)
+    authority = str(home / "authority.pem")
+    if hashed:
+        (home / "empty" / "01234567.0").write_text(AUTHORITY)
+    code = f"""
+        import ssl
+        original = ssl.create_default_context
+        def create(**options):
+            return original(**options) if options else original(cafile={authority!r})
+        ssl.create_default_context = create
+        trix_telemetry.track_command_execution("build")
+    """
+    done = tool(code, env={"https_proxy": f"http://{proxy.address}"})
+    assert silent(done), done.stderr
+    assert [line for line, _, _ in secure.requests] == ["POST /v1/metrics HTTP/1.1"]
+    assert len(requests) == (2 if hashed else 1)
+
+
+def test_near_the_recursion_limit_nothing_is_raised(config):
+    config(otlp_endpoint="http://127.0.0.1:1", timeout_ms=50)
+    done = tool("""
+        raised = []
+        def sink(depth):
+            if depth:
+                return sink(depth - 1)
+            try:
+                trix_telemetry.track_command_execution("build")
+            except RecursionError as error:
+                return error.__traceback__.tb_next is not None
+        sys.setrecursionlimit(200)
+        for depth in range(100, 190):
+            try:
+                if sink(depth):
+                    raised.append(depth)
+            except RecursionError:
+                break
+        print(raised)
+    """)
+    assert len(json.loads(done.stdout)) <= 2  # with no room for any call of ours
+
+
+@pytest.mark.parametrize("descriptor", ["None", "3.5", "'x'", "unittest.mock.MagicMock()"])
+def test_a_stderr_with_an_odd_descriptor(here, config, descriptor):
+    config(enabled=True)
+    done = tool(
+        f"""
+        import unittest.mock
+        class Odd:
+            closed = False
+            fileno = lambda self: {descriptor}
+            write = flush = lambda self, *a: None
+        sys.stderr = Odd()
+        trix_telemetry.track_command_execution("build").join()
+    """,
+        env={"TRIX_TELEMETRY_DEBUG": "1"},
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert here.commands == ["build"]
+
+
+@pytest.mark.parametrize(
+    "text", ["telemetry = {enabled = false}\n", "garbage", "[telemetry]\ntimeout_ms = 0\n"]
+)
+def test_no_fingerprint_is_stored_where_the_config_is_off(state, config, text):
+    config(text)
+    assert re.fullmatch("[0-9a-f]{64}", trix_telemetry.get_user_fingerprint())
+    assert [path.name for path in state.iterdir()] == ["config.toml"]
+
+
+def test_without_a_home_no_file_of_the_working_directory_counts(here, home, monkeypatch, capsys):
+    (home / "fingerprint").write_text("deadbeef")
+    (home / "cooldown").write_text("junk")
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("HOME")
+    assert trix_telemetry.get_user_fingerprint() != "deadbeef"
+    assert trix_telemetry.main(["status"]) == 0
+    assert "deadbeef" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="earlier Pythons do not warn")
+def test_a_forkpty_says_nothing_either(hostile, config):
+    config(otlp_endpoint=f"http://{hostile(silence).address}", timeout_ms=300)
+    done = tool(
+        """
+        import os, time
+        trix_telemetry.track_command_execution("build")
+        time.sleep(0.15)
+        pid, fd = os.forkpty()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    """,
+        "-W",
+        "default",
+    )
+    assert silent(done), done.stderr
+
+
+SECRETS = [
+    'otlp_endpoint = "https://h/?token=SECRET"',
+    'otlp_endpoint = "https://h/#SECRET"',
+    'otlp_endpoint = "https://u:SE?CRET@h"',
+    'otlp_endpoint = "https://u:SE#CRET@h"',
+    'otlp_endpoint = "https://u:SECRET//x@h"',
+    'otlp_endpoint = "http://h/?x=SE@CRET"',
+    'otlp_headers = "Authorization=Bearer SECRET"',
+    'otlp_headers = { Authorization = "SECRET\\r\\nX: CRET" }',
+    "otlp_headers = { Authorization = ['SECRET'] }",
+]
+
+
+@pytest.mark.parametrize("line", SECRETS)
+def test_no_message_shows_a_secret(here, config, caplog, capsys, monkeypatch, line):
+    config(f"[telemetry]\n{line}\n")
+    monkeypatch.setenv("TRIX_TELEMETRY_DEBUG", "1")
+    track()
+    for command in (["status"], ["status", "--json"], ["preview"], ["track", "build"], ["enable"]):
+        trix_telemetry.main(command)
+    out, err = capsys.readouterr()
+    assert "telemetry.otlp_" in caplog.text
+    assert "CRET" not in out + err + caplog.text
+
+
+def test_do_not_track_that_is_a_blank(here, monkeypatch):
+    monkeypatch.setenv("DO_NOT_TRACK", " ")
+    assert track() is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ({"rejectedDataPoints": "1", "errorMessage": "x" * 5000}, 1),
+        ({"rejectedDataPoints": float("inf")}, 0),
+        ({"rejectedDataPoints": "-1"}, 0),
+        ({"rejectedDataPoints": 10**300}, 1),
+    ],
+)
+def test_odd_partial_successes(here, config, answer, code):
+    config(enabled=True)
+    here.answer = (200, {}, json.dumps({"partialSuccess": answer}).encode())
+    done = cli("track", "build")
+    assert done.returncode == code
+    assert len(done.stderr + done.stdout) < 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[telemetry]\nenabled = true\n[env]\ncmd = "enabled = \\"yes\\""\n',
+        '[telemetry]\nenabled = true\n[x]\ncmd = \'set enabled = "\' # say "hi"\n',
+        "[x]\nenabled = 1979-05-27 07:32:00\n[telemetry]\nenabled = true\n",
+    ],
+)
+def test_strange_neighbours_of_the_value_do_not_matter(config, text):
+    path = config(text)
+    assert trix_telemetry.main(["disable"]) == 0
+    assert tomllib.loads(path.read_text())["telemetry"]["enabled"] is False
+    assert trix_telemetry.main(["enable"]) == 0
+    assert path.read_text() == text
+
+
+def test_thousands_of_look_alikes_of_a_table_take_no_minutes(config):
+    text = "[telemetry.otlp_headers]\na = 'b'\n[other]\n" + "telemetry.x1 = 1\n".join(
+        f"y{n} = 1\n" for n in range(4000)
+    ).replace("telemetry.x1", "#telemetry.x1")
+    path = config(text)
+    assert trix_telemetry.main(["disable"]) == 0
+    assert path.read_text().startswith(text)
+
+
+def test_every_byte_of_a_config_is_kept_when_a_table_is_added(config):
+    text = '[telemetry.otlp_headers]\na = "b"\n\n\n# end \u00a0\n\n'
+    path = config(text)
+    assert trix_telemetry.main(["disable"]) == 0
+    assert path.read_bytes().decode().startswith(text)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437"])
+def test_a_terminal_without_all_characters(config, encoding):
+    config('[telemetry]\notlp_endpoint = "http://\u0416"\n')
+    done = cli("status", env={"PYTHONIOENCODING": encoding})
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "telemetry.otlp_endpoint" in done.stdout
+
+
+def test_errors_stay_on_one_line(home):
+    done = cli("status", "a\nb\x1b[31m")
+    assert (done.returncode, done.stderr.count("\n"), "\x1b" in done.stderr) == (2, 1, False)
+    odd = home / "a\nb\x1b[31m"
+    odd.mkdir()
+    (odd / ".tx3").write_text("")
+    for command in ("status", "disable", "reset"):
+        done = cli(command, env={"HOME": str(odd)})
+        assert "\x1b" not in done.stdout + done.stderr
+        assert done.stderr.count("\n") <= 1
+
+
+def test_status_where_no_choice_could_be_kept(here, locked):
+    locked()
+    done = tool(f"import argparse, tomllib\n{NOBODY}\ntrix_telemetry.main(['status'])")
+    assert done.stdout.startswith("Telemetry: OFF\n")
+    assert "cannot be written to" in done.stdout
+
+
+def test_preview_of_a_closed_set(here, capsys):
+    trix_telemetry.initialize_telemetry(commands={"run", "test"})
+    assert trix_telemetry.main(["preview"]) == 0
+    assert '"stringValue":"run"' in capsys.readouterr().out
+    assert trix_telemetry.main(["preview", "build"]) == 1
+    assert "not among" in capsys.readouterr().err
+
+
+def test_status_and_preview_name_the_proxy(here, monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy.example:3128")
+    assert status(capsys)["proxy"] == "proxy.example:3128"
+    trix_telemetry.main(["preview"])
+    err = capsys.readouterr().err
+    assert "proxy.example:3128" in err
+    assert "secret" not in err
+
+
+def test_a_disk_that_takes_no_output():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, MODULE, "status"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert "Traceback" not in done.stderr
+    assert "None" not in done.stderr
+
+
+def test_reset_makes_nothing(home, capsys):
+    assert trix_telemetry.main(["reset"]) == 0
+    assert list(home.iterdir()) == []
+
+
+def test_a_selftest_that_cannot_import_says_so(home):
+    (home / "my.tool.py").write_text(MODULE.read_text())
+    done = subprocess.run(
+        [sys.executable, home / "my.tool.py", "selftest"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No module named" in done.stdout
+
+
+# README.md
+
+README = (HERE / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def readme_block(home, block):
+    for library in ("click", "typer"):
+        if f"import {library}" in block:
+            pytest.importorskip(library)
+    (home / "tool.py").write_text(block)
+    (home / "trix_telemetry.py").write_text(MODULE.read_text())
+    return [sys.executable, home / "tool.py"]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_each_program_of_the_readme_delivers_one_point(collector, home, block):
+    command = readme_block(home, block)
+    prefix = "ACME_TELEMETRY" if "ACME_TELEMETRY" in block else "TRIX_TELEMETRY"
+    env = {**os.environ, f"{prefix}_ENDPOINT": collector.url}
+    done = subprocess.run([*command, "build"], capture_output=True, text=True, env=env, timeout=FAR)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("acme counts which of its commands are run")
+    assert len(done.stderr.splitlines()) == 6
+    (point,) = collector.points
+    assert (point.command, point.resource["service.name"]) == ("build", "acme")
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "main(" in block])
+def test_each_tool_of_the_readme_has_the_command_line(home, block):
+    command = readme_block(home, block)
+    for arguments in (["status", "--json"], ["--help"], ["disable"], ["status"]):
+        done = subprocess.run(
+            [*command, "telemetry", *arguments], capture_output=True, text=True, timeout=FAR
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Telemetry: OFF\n")
+    assert "acme telemetry enable" in done.stdout
+
+
+def test_the_readme_shows_what_is_sent(here):
+    shown = re.search(r"```http\n(.*?)\n\n(.*?)```", README, re.S)
+    track()
+    line, headers, sent = here.requests[0]
+    names = [row.partition(":")[0] for row in shown[1].splitlines()]
+    assert names == [line, *headers]
+    body = re.sub(r"\s", "", shown[2])
+    assert json.loads(body).keys() == {"resourceMetrics"}
+    assert re.sub(r'Value":"[^"]*|Nano":"\d+|"name":"[^"]*', "", body) == re.sub(
+        r'Value":"[^"]*|Nano":"\d+|"name":"[^"]*', "", sent.decode()
+    )
+
+
+def test_the_readme_names_each_command_and_option_that_there_is(capsys):
+    for name in ("status", "enable", "disable", "preview", "track", "reset", "selftest"):
+        assert f"`{name}" in README or f" {name}" in README
+        assert trix_telemetry.main([name, "--help"]) == 0
+
+
 # The benchmark: python -m pytest -m bench -s
 
 BENCH_PAIRS = int(os.environ.get("BENCH_PAIRS", "21"))

@@ -725,19 +725,19 @@ def _open(
         return made
 
     class Handler(urllib.request.AbstractHTTPHandler):
-        def open_it(self, request: urllib.request.Request) -> "Any":
+        def http_open(self, request: urllib.request.Request) -> "Any":
+            if request.type != call.url.partition(":")[0]:
+                raise OSError("a proxy of the environment is neither http nor none")
             return self.do_open(connect, request)
 
-    scheme = "https" if context else "http"  # a proxy that speaks another one is not for us
-    setattr(Handler, f"{scheme}_open", Handler.open_it)
-    setattr(Handler, f"{scheme}_request", Handler.do_request_)
+        https_open = http_open
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(urllib.request.getproxies_environment()))
     opener.add_handler(Handler(debuglevel=0))  # whatever the host has set
-    response = opener.open(request, timeout=call.left())
-    if response is None:
-        raise OSError("no way to speak with the proxy of the environment")
-    return response  # type: ignore[no-any-return]
+    response: http.client.HTTPResponse = opener.open(request, timeout=call.left())
+    return response
 
 
 def _tls_contexts() -> "Iterator[ssl.SSLContext]":
@@ -1159,8 +1159,10 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
         if sys.stdout:
             sys.stdout.flush()
         return code
-    except BrokenPipeError:  # such as `| head -0`; the interpreter flushes once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:  # nobody reads on, as with `| head -0`, or a disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes at exit
+        if not isinstance(error, BrokenPipeError):
+            _say(f"{label}: error: {_one_line(error)}")
         return 1
     except KeyboardInterrupt:
         return 130
