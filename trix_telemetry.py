@@ -428,29 +428,33 @@ class _Lock:
         self.descriptor = -1
 
     def __enter__(self) -> None:
-        if sys.platform == "win32":
-            return
-        import fcntl
-
-        self.descriptor = os.open(self.directory, os.O_RDONLY)
-        for _ in range(500):
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.01)
-                continue
-            except OSError:  # some network file systems: go without
-                pass
-            return
-        self.__exit__()
-        raise TimeoutError(f"{self.directory} is locked by another process")
+        """Raises OSError, also where another process holds the lock for two seconds."""
+        if sys.platform != "win32":
+            self.descriptor = os.open(self.directory, os.O_RDONLY)
+            deadline = time.monotonic() + 2
+            while not self.flock("LOCK_EX"):
+                if time.monotonic() > deadline:
+                    os.close(self.descriptor)
+                    raise TimeoutError(f"{self.directory} is locked by another process")
+                time.sleep(0.005)
 
     def __exit__(self, *_: object) -> None:
-        if self.descriptor >= 0 and sys.platform != "win32":
+        if self.descriptor >= 0:
+            self.flock("LOCK_UN")  # a child forked meanwhile holds the descriptor, too
+            os.close(self.descriptor)
+
+    def flock(self, operation: str) -> bool:
+        if sys.platform == "win32":
+            return True
+        try:
             import fcntl
 
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # of a child forked meanwhile, too
-            os.close(self.descriptor)
+            fcntl.flock(self.descriptor, getattr(fcntl, operation) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except (ImportError, OSError):  # some network file systems: go without
+            pass
+        return True
 
 
 def _state_directory(tool: _Tool) -> str:
@@ -787,9 +791,8 @@ def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
         rejected, said = _partial_success(answer)
         if rejected > 0:
             call.outcome = "failed"
-            said = (
-                f"the collector rejected {_plain(rejected, 20)} data point: {said or 'no reason'}"
-            )
+            count = _plain(rejected, 20)
+            said = f"the collector rejected {count} data point: {said or 'no reason given'}"
     elif 300 <= status < 400:
         where = _plain(response.getheader("Location", "nowhere"))
         said = f"redirect to {where}, which is not followed"
@@ -928,7 +931,10 @@ class OtlpClient:
             with self.importing:
                 if self.is_ending:
                     raise _Off("the process is at its end")
-                __import__(name)
+                try:
+                    __import__(name)
+                except ImportError:  # whoever cannot do without it will say so
+                    pass
 
     def before_fork(self) -> None:
         """Python 3.12 warns of forking beside a thread; of ours alone, it need not."""
@@ -957,16 +963,14 @@ class OtlpClient:
         """From the config to the answer. Raises _Off, OSError: nothing was sent."""
         self.load("urllib.parse")
         if not _stored_fingerprint(call.directory):  # it may be the first run
-            _shielded(self.load, "hashlib", "platform", "fcntl")
+            self.load("hashlib", "platform", "fcntl")
         config = self.configure(call)
         to_go, _, reason = _read_cooldown(call.directory, call.url)
         if to_go and not call.in_cooldown:
             raise _Off(f"cooling down for {to_go} s: {reason}")
         self.load("json")
         body = _body(call, self.identify(call.directory), self.window(call.started))
-        self.load("socket", "email.parser")
-        _shielded(self.load, "ssl")  # which a Python may lack
-        self.load("http.client", "tempfile", "urllib.request")
+        self.load("socket", "email.parser", "ssl", "http.client", "tempfile", "urllib.request")
         if call.url.startswith("https:"):
             self.load("encodings.idna")
         if call.asked:
