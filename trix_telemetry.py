@@ -915,8 +915,8 @@ class OtlpClient:
             self.calls = [call for call in self.calls if call.thread.is_alive()]
             if len(self.calls) >= _SENDS_AT_ONCE:
                 raise _Off(f"{_SENDS_AT_ONCE} sends are under way already")
-            call.thread = threading.Thread(target=_shielded, args=(self.run, call), daemon=True)
-            call.thread.name = "telemetry"
+            args = (self.run, call)
+            call.thread = threading.Thread(None, _shielded, "telemetry", args, daemon=True)
             call.thread.start()
             self.calls.append(call)
         return call.thread
@@ -1508,7 +1508,6 @@ module.track_command_execution("selftest")
 
 
 def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
-    """Each step is a fresh process that ends right after its call, as a tool's would."""
     import tempfile
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1536,13 +1535,14 @@ def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
 
 
 def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
+    """Each step is a fresh process that ends right after its call, as a tool's would."""
     import json
+    import re
     import subprocess
 
-    state = os.path.join(home, "state")
-    given = {name: getattr(tool, name) for name in ("service_name", "service_version")}
-    given |= {name: getattr(tool, name) for name in ("metric_name", "environment", "prog")}
-    given |= {"endpoint": url, "directory": state}
+    state = f"{home}/state"
+    names = ("service_name", "service_version", "metric_name", "environment", "prog")
+    given = {name: getattr(tool, name) for name in names} | {"endpoint": url, "directory": state}
     here = [] if __package__ else [os.path.dirname(os.path.abspath(__file__))]
     argument = json.dumps([_module_name(), [*here, *sys.path], given])
     command = [sys.executable, "-B", "-c", _SELFTEST_PROCESS, argument]
@@ -1552,12 +1552,12 @@ def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
     results: list[bool] = []
     said = ""
 
-    def run(**more: str) -> str:
+    def sends(count: int, expected: str, **variables: str) -> bool:
         nonlocal said
-        env = base | {"HOME": home} | more
+        env = base | {"HOME": home} | variables
         done = subprocess.run(command, env=env, capture_output=True, check=False)
         said = done.stderr.decode(errors="replace").strip()
-        return said if not done.returncode else f"exit {done.returncode}"
+        return (done.returncode, said, len(bodies)) == (0, expected, count)
 
     def step(name: str, check: "Callable[[], bool]") -> None:
         began = time.perf_counter()
@@ -1567,28 +1567,22 @@ def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
         if not results[-1] and said:
             print(f"        {_plain(said.splitlines()[-1])}")
 
-    def payload() -> bool:
-        point = json.loads(bodies[0])["resourceMetrics"][0]["scopeMetrics"][0]["metrics"][0]["sum"]
-        window = [int(v) for k, v in point["dataPoints"][0].items() if k.endswith("UnixNano")]
-        call = _Call(tool, "selftest", None)
-        body = _body(call, _stored_fingerprint(state), (window[0], window[1]))
-        return body == bodies[0] and window[1] - window[0] >= _WINDOW_NS
-
-    def disable() -> bool:
-        _write(_config_path(state), _edited(_read_config(state), tool, False))
-        return True
+    def is_expected() -> bool:
+        expected = _body(_Call(tool, "selftest", None), _stored_fingerprint(state), (0, 0))
+        first, second = (re.sub(rb'Nano":"\d+', b"", body) for body in (expected, bodies[0]))
+        return first == second
 
     notice = _notice(tool, f"{url}/v1/metrics")
-    step("first run: notice, delivery", lambda: run() == notice and len(bodies) == 1)
+    step("first run: notice, delivery", lambda: sends(1, notice))
     step("config: made and valid", lambda: _configured(state, _read_config(state))[1])
     step("fingerprint: 64 hex digits", lambda: len(_stored_fingerprint(state)) == 64)
-    step("payload: as specified, to the byte", payload)
+    step("payload: as specified, to the byte", is_expected)
     print(*(body.decode() for body in bodies[:1]))
-    step("second run: silent delivery", lambda: run() == "" and len(bodies) == 2)
-    step("off: DO_NOT_TRACK=1", lambda: run(DO_NOT_TRACK="1") == "" and len(bodies) == 2)
-    off = {tool.environment: "0"}
-    step(f"off: {tool.environment}=0", lambda: run(**off) == "" and len(bodies) == 2)
-    step("off: enabled = false", lambda: disable() and run() == "" and len(bodies) == 2)
+    step("second run: silent delivery", lambda: sends(2, ""))
+    step("off: DO_NOT_TRACK=1", lambda: sends(2, "", DO_NOT_TRACK="1"))
+    step(f"off: {tool.environment}=0", lambda: sends(2, "", **{tool.environment: "0"}))
+    _shielded(_write, _config_path(state), _edited(None, tool, False))
+    step("off: enabled = false", lambda: sends(2, ""))
     return all(results)
 
 
