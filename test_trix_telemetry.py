@@ -1449,7 +1449,8 @@ def test_output_arrives_before_the_wait(hostile, config):
 def test_a_signal_ends_the_wait_at_once(hostile, config, sent, code):
     server = hostile(silence)
     config(otlp_endpoint=f"http://{server.address}", timeout_ms=1000 * FAR)
-    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
+    script = f"import signal, sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # if it was ignored
     script += "t.track_command_execution('build'); print('done'); sys.exit(7)"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
