@@ -3060,24 +3060,23 @@ def bench_table(results, caller, imports):
     bare = results["bare interpreter"]
     floors = {"on": "floor", "on, TLS": "floor, TLS", "official SDK": "floor"}
     lines = [f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {BENCH_PAIRS} runs each"]
-    lines.append(f"{'median of whole processes':<26}{'CPU':>9}{'wall':>9}{'ratio':>17}{'peak':>12}")
+    lines.append(f"{'median of whole processes':<26}{'CPU':>9}{'wall':>12}{'':>20}{'peak':>12}")
     for name, runs in results.items():
-        cpu, wall = (median([r[i] - b[i] for r, b in zip(runs, bare, strict=True)]) for i in (0, 1))
-        sign = "" if name == "bare interpreter" else "+"
-        if not sign:
-            cpu, wall = (median([run[i] for run in runs]) for i in (0, 1))
+        is_bare = name == "bare interpreter"
+        cpu, wall = (
+            median([run[i] - (0 if is_bare else b[i]) for run, b in zip(runs, bare, strict=True)])
+            for i in (0, 1)
+        )
         ratio = peak = ""
         if name in floors:
             floor = results[floors[name]]
-            value = median([r[0] / f[0] for r, f in zip(runs, floor, strict=True)])
+            value = median([run[0] / f[0] for run, f in zip(runs, floor, strict=True)])
             ratio = f"{value:.2f} of {floors[name]}"
         if runs[0][2]:
             peak = f"{median([run[2] for run in runs]) / 1024:.1f} MiB"
-        lines.append(
-            f"{name:<26}{sign}{cpu:.1f} ms".ljust(35)
-            + f"{sign}{wall:.1f} ms".rjust(9)
-            + f"{ratio:>17}{peak:>12}"
-        )
+        sign = "" if is_bare else "+"
+        figures = f"{f'{sign}{cpu:.1f} ms':>9}{f'{sign}{wall:.1f} ms':>12}"
+        lines.append(f"{name:<26}{figures}{ratio:>20}{peak:>12}")
     first, later, start = caller
     lines.append(f"{'first call':<26}{first:.3f} ms, a bare Thread.start() {start:.3f} ms")
     lines.append(f"{'later calls':<26}{later:.3f} ms")

@@ -18,7 +18,7 @@ change, so that a newer copy can take its place. `__version__` says which one it
 
 Never in the way: all that may be slow happens on a daemon thread, one budget (`timeout_ms`)
 bounds it, and no failure reaches the tool. Modules are imported where they are used: when off,
-none is needed, and the import with a call costs a tenth of `import json`. So there is nothing
+none is needed, and the import with a call costs a seventh of `import json`. So there is nothing
 here of typing or dataclasses, nor of __future__, and only the names of lazy imports are quoted.
 What runs inside a tool ends where the command line begins.
 """
