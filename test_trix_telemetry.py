@@ -1439,7 +1439,10 @@ def test_output_arrives_before_the_wait(hostile, config):
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import trix_telemetry as t\n"
     code += "t.track_command_execution('build'); print('done')"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    late = threading.Timer(FAR / 2, process.kill)
+    late.start()
     assert process.stdout.readline() == "done\n"
+    late.cancel()
     assert process.poll() is None
     process.kill()
     process.communicate()

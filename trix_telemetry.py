@@ -19,7 +19,7 @@ change, so that a newer copy can take its place. `__version__` says which one it
 Never in the way: all that may be slow happens on a daemon thread, one budget (`timeout_ms`)
 bounds it, and no failure reaches the tool. Modules are imported where they are used: when off,
 none is needed, and the import with a call costs a seventh of `import json`. So there is nothing
-here of typing or dataclasses, nor of __future__, and only the names of lazy imports are quoted.
+here of typing, dataclasses or __future__, and annotations are quoted where they would cost.
 What runs inside a tool ends where the command line begins.
 """
 
@@ -469,6 +469,10 @@ def _state_directory(tool: _Tool) -> str:
 
 def _config_path(directory: str) -> str:
     return f"{directory}/config.toml"
+
+
+def _refuse(directory: str) -> None:
+    raise _Off(f"{_config_path(directory)} says enabled = false")
 
 
 def _read_config(directory: str, limit: int = _CONFIG_BYTES_MAX + 1) -> "bytes | None":
@@ -989,7 +993,7 @@ class OtlpClient:
             self.load("tomllib")
         config, is_stored = _configured(call.directory, call.config)
         if not config.enabled:
-            raise _Off(f"{_config_path(call.directory)} says enabled = false")
+            _refuse(call.directory)
         call.deadline = call.began + config.timeout_ms / 1000
         call.url = _effective_url(call.tool, call.endpoint, config)
         if is_stored:
@@ -1072,7 +1076,7 @@ def _prepare(tool: _Tool, name: object, endpoint: "str | None") -> _Call:
     call.config = _read_config(call.directory, _HEAD_BYTES)
     head = call.config or b""
     if _says_off(head):
-        raise _Off(f"{_config_path(call.directory)} says enabled = false")
+        _refuse(call.directory)
     in_file = b"endpoint" in head or b"\\" in head or len(head) == _HEAD_BYTES
     if not (tool.endpoint or in_file if endpoint is None else endpoint):
         raise _Off("there is no endpoint to send to")
@@ -1234,25 +1238,14 @@ def _facts(tool: _Tool) -> "dict[str, Any]":
 
     attempt(_check_switches, tool)
     directory = attempt(_state_directory, tool) or ""
-    before = len(problems)
-    raw = attempt(_read_config, directory) if directory else None
-    stored = "none" if len(problems) == before else "unreadable"
-    config, is_stored = attempt(_configured, directory, raw) or (None, False)
-    if config is None:
-        stored, config = "invalid", TelemetryConfig({})
-    elif is_stored:
-        stored = "on" if config.enabled else "off"
-    elif directory and stored == "none":
-        attempt(_check_writable, directory)
-    if not config.enabled:
-        problems.append(_Off(f"{_config_path(directory)} says enabled = false"))
+    stored, config = _stored(directory, attempt)
     endpoint = os.environ.get(f"{tool.environment}_ENDPOINT")
     url = attempt(_effective_url, tool, endpoint, config) or ""
     to_go, _, reason = _read_cooldown(directory, url) if directory else (0, 0, "")
-    on = f"{_config_path(directory)} says so" if is_stored else "the default"
+    why = f"{_config_path(directory)} says so" if stored == "on" else "it is the default"
     return {
         "state": "off" if problems else "on",
-        "reason": _one_line(problems[0]) if problems else _plain(on, 1000),
+        "reason": _one_line(problems[0]) if problems else _plain(why, 1000),
         "invalid": [_one_line(p) for p in problems if isinstance(p, _Invalid)],
         "stored": stored,
         "endpoint": url or None,
@@ -1267,6 +1260,22 @@ def _facts(tool: _Tool) -> "dict[str, Any]":
         "config": _config_path(directory) if directory else None,
         "version": __version__,
     }
+
+
+def _stored(directory: str, attempt: "Callable[..., Any]") -> "tuple[str, TelemetryConfig]":
+    """What config.toml holds: on, off, none, invalid or unreadable; and its settings."""
+    found = attempt(lambda: [_read_config(directory)] if directory else [None])
+    if found is None:
+        return "unreadable", TelemetryConfig({})
+    config, is_stored = attempt(_configured, directory, found[0]) or (None, False)
+    if config is None:
+        return "invalid", TelemetryConfig({})
+    if not is_stored:
+        attempt(_check_writable, directory or "/")
+        return "none", config
+    if not config.enabled:
+        attempt(_refuse, directory)
+    return "on" if config.enabled else "off", config
 
 
 def _check_writable(directory: str) -> None:
@@ -1498,15 +1507,6 @@ def _run_reset(tool: _Tool, options: "argparse.Namespace") -> int:
     return 0
 
 
-_SELFTEST_PROCESS = """
-import importlib, json, sys
-name, sys.path[:], given = json.loads(sys.argv[1])
-module = importlib.import_module(name)
-module.initialize_telemetry(**given)
-module.track_command_execution("selftest")
-"""
-
-
 def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
     import tempfile
     import threading
@@ -1528,62 +1528,88 @@ def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
     with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with tempfile.TemporaryDirectory() as home:
-            passed = _selftest(tool, home, f"http://127.0.0.1:{server.server_port}", bodies)
+            url = f"http://127.0.0.1:{server.server_port}"
+            passed = _Selftest(tool, home, url, bodies).passes()
         server.shutdown()
     print("All passed." if passed else "FAILED.")
     return 0 if passed else 1
 
 
-def _selftest(tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> bool:
-    """Each step is a fresh process that ends right after its call, as a tool's would."""
-    import json
-    import re
-    import subprocess
+class _Selftest:
+    """Steps, most of them a fresh process that ends right after its call, as a tool's would."""
 
-    state = f"{home}/state"
-    names = ("service_name", "service_version", "metric_name", "environment", "prog")
-    given = {name: getattr(tool, name) for name in names} | {"endpoint": url, "directory": state}
-    here = [] if __package__ else [os.path.dirname(os.path.abspath(__file__))]
-    argument = json.dumps([_module_name(), [*here, *sys.path], given])
-    command = [sys.executable, "-B", "-c", _SELFTEST_PROCESS, argument]
-    others = ("DO_NOT_TRACK", tool.environment, "PYTHON")  # but for where modules are
-    base = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")}
-    base = {k: v for k, v in base.items() if not k.startswith(others) or k == "PYTHONPATH"}
-    results: list[bool] = []
-    said = ""
+    program = (
+        "import importlib, json, sys\n"
+        "name, sys.path[:], given = json.loads(sys.argv[1])\n"
+        "module = importlib.import_module(name)\n"
+        "module.initialize_telemetry(**given)\n"
+        "module.track_command_execution('selftest')\n"
+    )
 
-    def sends(count: int, expected: str, **variables: str) -> bool:
-        nonlocal said
-        env = base | {"HOME": home} | variables
-        done = subprocess.run(command, env=env, capture_output=True, check=False)
-        said = done.stderr.decode(errors="replace").strip()
-        return (done.returncode, said, len(bodies)) == (0, expected, count)
+    def __init__(self, tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> None:
+        import json
 
-    def step(name: str, check: "Callable[[], bool]") -> None:
+        self.tool, self.bodies, self.state, self.said = tool, bodies, f"{home}/state", ""
+        self.notice = _notice(tool, f"{url}/v1/metrics")
+        names = ("service_name", "service_version", "metric_name", "environment", "prog")
+        given = {name: getattr(tool, name) for name in names}
+        given |= {"endpoint": url, "directory": self.state}
+        here = [] if __package__ else [os.path.dirname(os.path.abspath(__file__))]
+        argument = json.dumps([_module_name(), [*here, *sys.path], given])
+        self.command = [sys.executable, "-B", "-c", self.program, argument]
+        others = ("DO_NOT_TRACK", tool.environment, "PYTHON")  # but for where modules are
+        env = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")}
+        env = {k: v for k, v in env.items() if not k.startswith(others) or k == "PYTHONPATH"}
+        self.env = env | {"HOME": home}
+
+    def passes(self) -> bool:
+        off = {self.tool.environment: "0"}
+        passed = [
+            self.step("first run: notice, delivery", lambda: self.delivers(1, self.notice)),
+            self.step("config: made and valid", lambda: self.config()[1]),
+            self.step("fingerprint: 64 hex digits", lambda: len(self.fingerprint()) == 64),
+            self.step("payload: as specified, to the byte", self.is_expected),
+            self.step("second run: silent delivery", lambda: self.delivers(2)),
+            self.step("off: DO_NOT_TRACK=1", lambda: self.delivers(2, DO_NOT_TRACK="1")),
+            self.step(f"off: {self.tool.environment}=0", lambda: self.delivers(2, **off)),
+            self.step("off: enabled = false", lambda: self.disable() and self.delivers(2)),
+        ]
+        print(*(body.decode() for body in self.bodies[:1]))
+        return all(passed)
+
+    def step(self, name: str, check: "Callable[[], bool]") -> bool:
         began = time.perf_counter()
-        results.append(bool(_shielded(check)))
+        passed = bool(_shielded(check))
         took = (time.perf_counter() - began) * 1000
-        print(f"{'ok' if results[-1] else 'FAILED':<8}{name:<44}{took:8.1f} ms")
-        if not results[-1] and said:
-            print(f"        {_plain(said.splitlines()[-1])}")
+        print(f"{'ok' if passed else 'FAILED':<8}{name:<44}{took:8.1f} ms")
+        if not passed and self.said:
+            print(f"        {_plain(self.said.splitlines()[-1])}")
+        return passed
 
-    def is_expected() -> bool:
-        expected = _body(_Call(tool, "selftest", None), _stored_fingerprint(state), (0, 0))
-        first, second = (re.sub(rb'Nano":"\d+', b"", body) for body in (expected, bodies[0]))
+    def delivers(self, count: int, expected: str = "", **variables: str) -> bool:
+        import subprocess
+
+        env = self.env | variables
+        done = subprocess.run(self.command, env=env, capture_output=True, check=False)
+        self.said = done.stderr.decode(errors="replace").strip()
+        return (done.returncode, self.said, len(self.bodies)) == (0, expected, count)
+
+    def config(self) -> "tuple[TelemetryConfig, bool]":
+        return _configured(self.state, _read_config(self.state))
+
+    def fingerprint(self) -> str:
+        return _stored_fingerprint(self.state)
+
+    def is_expected(self) -> bool:
+        import re
+
+        expected = _body(_Call(self.tool, "selftest", None), self.fingerprint(), (0, 0))
+        first, second = (re.sub(rb'Nano":"\d+', b"", b) for b in (expected, self.bodies[0]))
         return first == second
 
-    notice = _notice(tool, f"{url}/v1/metrics")
-    step("first run: notice, delivery", lambda: sends(1, notice))
-    step("config: made and valid", lambda: _configured(state, _read_config(state))[1])
-    step("fingerprint: 64 hex digits", lambda: len(_stored_fingerprint(state)) == 64)
-    step("payload: as specified, to the byte", is_expected)
-    print(*(body.decode() for body in bodies[:1]))
-    step("second run: silent delivery", lambda: sends(2, ""))
-    step("off: DO_NOT_TRACK=1", lambda: sends(2, "", DO_NOT_TRACK="1"))
-    step(f"off: {tool.environment}=0", lambda: sends(2, "", **{tool.environment: "0"}))
-    _shielded(_write, _config_path(state), _edited(None, tool, False))
-    step("off: enabled = false", lambda: sends(2, ""))
-    return all(results)
+    def disable(self) -> bool:
+        _write(_config_path(self.state), _edited(None, self.tool, False))
+        return True
 
 
 if __name__ == "__main__":
