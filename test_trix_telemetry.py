@@ -2537,15 +2537,17 @@ def test_a_child_forked_meanwhile_does_not_keep_the_lock(home):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.read(read, 1)
+        os.close(write)
+        os.read(read, 1)  # until the parent's end is closed
         os._exit(0)
     lock.__exit__()
-    with trix_telemetry._Lock(str(home)):  # raises TimeoutError where it cannot be had
-        pass
-    os.write(write, b"x")
-    os.waitpid(child, 0)
-    os.close(read)
-    os.close(write)
+    try:
+        with trix_telemetry._Lock(str(home)):  # raises TimeoutError where it cannot be had
+            pass
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)
+        os.close(read)
 
 
 def test_a_lock_that_is_never_let_go_is_not_waited_for_for_ever(home):
