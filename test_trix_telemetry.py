@@ -2532,22 +2532,20 @@ def test_a_thread_may_fork_when_the_process_is_at_its_end(here, config):
 
 
 def test_a_child_forked_meanwhile_does_not_keep_the_lock(home):
-    lock = trix_telemetry._Lock(str(home))
-    lock.__enter__()
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(write)
-        os.read(read, 1)  # until the parent's end is closed
-        os._exit(0)
-    lock.__exit__()
-    try:
-        with trix_telemetry._Lock(str(home)):  # raises TimeoutError where it cannot be had
+    done = tool(f"""
+        import os
+        lock = trix_telemetry._Lock({str(home)!r})
+        lock.__enter__()
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.close(write)
+            os.read(read, 1)  # until the parent has ended
+            os._exit(0)
+        lock.__exit__()
+        with trix_telemetry._Lock({str(home)!r}):  # raises TimeoutError where it cannot be had
             pass
-    finally:
-        os.close(write)
-        os.waitpid(child, 0)
-        os.close(read)
+    """)
+    assert silent(done), done.stderr
 
 
 def test_a_lock_that_is_never_let_go_is_not_waited_for_for_ever(home):
