@@ -1567,6 +1567,14 @@ def test_an_import_cut_off_by_the_end_does_not_hang_the_process(here, config):
         (pathlib.Path(os.environ["HOME"]) / ".tx3/trix/cooldown").unlink(missing_ok=True)
 
 
+def test_no_import_begins_once_the_end_has(home):
+    client = trix_telemetry._client()
+    client.load("json")
+    trix_telemetry._at_exit()
+    with pytest.raises(trix_telemetry._Off, match="at its end"):
+        client.load("json")
+
+
 def test_a_stderr_that_blocks_does_not_break_the_exit(here):
     read, write = os.pipe()
     os.set_blocking(write, False)
