@@ -1889,6 +1889,29 @@ def test_a_copy_under_another_name_shows_nothing_of_trix(collector, acme, home):
     assert "trix" not in text.lower()
 
 
+def test_a_copy_with_its_constants_edited(collector, acme, home):
+    ours = {
+        "SERVICE_NAME": "acme", "SERVICE_VERSION": "3", "ENDPOINT": collector.url,
+        "METRIC_NAME": "acme_commands", "DIRECTORY": "~/.acme", "ENVIRONMENT": "ACME_USAGE",
+        "PROG": "acme telemetry",
+    }  # fmt: skip
+    text = MODULE.read_text()
+    for name, value in ours.items():
+        text, count = re.subn(rf'(?m)^{name} = "[^"]*"', f'{name} = "{value}"', text)
+        assert count == 1
+    text = re.sub(r"(?m)^(COMMANDS: .*) = None", r'\1 = frozenset({"build"})', text)
+    (acme / "acme" / "_vendor" / "usage.py").write_text(text)
+    code = f"sys.path[0] = {str(acme)!r}\nfrom acme._vendor import usage\n"
+    code += "for name in ('build', 'other'):\n    usage.track_command_execution(name)\n"
+    done = tool(f"{code}usage._client().wait()\nsys.exit(usage.main(['status']))")
+    (point,) = collector.points
+    assert (point.command, point.resource["service.name"]) == ("build", "acme")
+    assert (home / ".acme" / "config.toml").exists()
+    assert "acme telemetry disable" in done.stderr
+    assert done.stdout.startswith("Telemetry: ON\n")
+    assert "trix" not in (done.stdout + done.stderr).replace(str(home), "").lower()
+
+
 def test_a_zipapp(collector, acme, home):
     archive = home / "acme.pyz"
     with zipfile.ZipFile(archive, "w") as file:

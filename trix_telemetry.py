@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     import threading
     import urllib.request
     from collections.abc import Callable, Iterable, Iterator
-    from typing import Any, NoReturn
+    from typing import Any, NoReturn, TypeVar
+
+    _T = TypeVar("_T")
 
 __version__ = "1.0.0"
 
@@ -57,7 +59,6 @@ _WINDOW_NS = 1_000_000  # stores that keep milliseconds need a whole one
 _HEAD_BYTES = 1 << 16  # of a config, what the caller's side reads
 _CONFIG_BYTES_MAX = 1 << 24
 _ANSWER_BYTES_MAX = 1 << 18  # headers and all; no collector says as much
-_EXCERPT_BYTES = 4096
 _ADDRESS_SHARES = 3  # a dead address costs a third of what is left, however many there are
 _POLL_SECONDS = 0.05  # a config that was read meanwhile may have moved the deadline
 _FALSE = ("0", "false", "no", "off")
@@ -77,6 +78,12 @@ class _Invalid(_Off):
     """Which setting is wrong, what was found, and what is allowed."""
 
 
+def _module_name() -> str:
+    if __name__ != "__main__":
+        return __name__
+    return __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
+
+
 class _Tool:
     """What the host tool says of itself; `problem` tells what is wrong with that."""
 
@@ -90,86 +97,32 @@ class _Tool:
     commands = COMMANDS
     problem = ""
 
-    def __init__(self, **given: object) -> None:
+    def __init__(self, **given: "Any") -> None:
         for name, value in given.items():
-            if value is not None and name == "commands":
-                names = None if isinstance(value, str) else _shielded(frozenset, value)
-                are_names = names is not None and all(isinstance(n, str) for n in names)
-                self.keep(name, names, are_names, "a set of names")
-            elif value is not None:
-                text = _shielded(os.fspath, value) if name == "directory" else value
-                is_line = isinstance(text, str) and text.isprintable()
-                may_be_empty = name in ("endpoint", "prog", "service_version")
+            if value is None:
+                continue
+            if name == "commands":
+                value = None if isinstance(value, str) else _shielded(frozenset, value)
+                is_good = value is not None and all(isinstance(n, str) for n in value)
+            else:
+                value = _shielded(os.fspath, value) if name == "directory" else value
+                is_good = isinstance(value, str) and value.isprintable()
                 if name == "environment":  # some locales have no other variables
-                    is_line = is_line and str(text).isascii()
-                self.keep(name, text, is_line and bool(text or may_be_empty), "one line of text")
+                    is_good = is_good and str(value).isascii()
+                may_be_empty = name in ("endpoint", "prog", "service_version")
+                is_good = is_good and bool(value or may_be_empty)
+            if is_good:
+                setattr(self, name, value)
+            else:
+                allowed = "a set of names" if name == "commands" else "one line of text"
+                self.problem = f"{name} of initialize_telemetry: allowed is {allowed}"
         self.prog = self.prog or f"python -m {_module_name()}"
 
-    def keep(self, name: str, value: object, is_good: bool, allowed: str) -> None:
-        if is_good:
-            setattr(self, name, value)
-        else:
-            self.problem = f"{name} of initialize_telemetry: allowed is {allowed}"
+    def label(self) -> str:
+        return self.prog.removeprefix("python -m ")
 
 
-class TelemetryConfig:
-    """The `[telemetry]` table of config.toml, checked. `timeout_ms` is in milliseconds;
-    `otlp_endpoint` is None where the key is missing, "" where it says nowhere."""
-
-    __slots__ = ("enabled", "otlp_endpoint", "otlp_headers", "timeout_ms")
-    enabled: bool
-    timeout_ms: int
-    otlp_endpoint: "str | None"
-    otlp_headers: "dict[str, str]"
-
-    def __init__(self, table: "Any") -> None:
-        """Take a parsed table. Raises _Invalid for a value of the wrong type or range."""
-        if not isinstance(table, dict):
-            raise _bad("", table, "a table")
-        self.enabled = table.get("enabled", True)
-        if type(self.enabled) is not bool:
-            raise _bad(".enabled", self.enabled, "true or false")
-        self.timeout_ms = table.get("timeout_ms", _TIMEOUT_MS)
-        if type(self.timeout_ms) is not int or not 1 <= self.timeout_ms <= _TIMEOUT_MS_MAX:
-            raise _bad(".timeout_ms", self.timeout_ms, f"an integer from 1 to {_TIMEOUT_MS_MAX}")
-        self.otlp_endpoint = table.get("otlp_endpoint")
-        if self.otlp_endpoint not in (None, "") and not _metrics_url(self.otlp_endpoint):
-            raise _bad(".otlp_endpoint", self.otlp_endpoint, _URL_ALLOWED)
-        headers = table.get("otlp_headers", {})
-        if not isinstance(headers, dict):
-            raise _bad(".otlp_headers", type(headers), "a table of strings")
-        for name, value in headers.items():
-            if not isinstance(value, str) or {"\r", "\n"} & set(name + value):
-                found = type(value)  # never the value: it may be a secret
-                raise _bad(f".otlp_headers.{_plain(name)}", found, "a string without line breaks")
-        self.otlp_headers = {n: v for n, v in headers.items() if _is_header(n, v)}
-
-
-class CommandMetric:
-    """One run of a command: a data point of a cumulative sum. `start` and `end` are its window,
-    in Unix nanoseconds, each a true reset (metrics data model, "Resets and Gaps")."""
-
-    __slots__ = ("command", "end", "name", "start")
-
-    def __init__(self, name: str, command: str, start: int, end: int) -> None:
-        self.name, self.command, self.start, self.end = name, command, start, end
-
-    def encode(self, resource: "dict[str, str]") -> "dict[str, Any]":
-        """An ExportMetricsServiceRequest in OTLP's JSON Protobuf encoding."""
-        point = {
-            "attributes": _attributes({"command_name": self.command}),
-            "startTimeUnixNano": str(self.start),
-            "timeUnixNano": str(self.end),
-            "asInt": "1",
-        }
-        cumulative = 2  # AGGREGATION_TEMPORALITY_CUMULATIVE
-        total = {"dataPoints": [point], "aggregationTemporality": cumulative, "isMonotonic": True}
-        scope_metrics = {"scope": {}, "metrics": [{"name": self.name, "sum": total}]}
-        resource_metrics = {
-            "resource": {"attributes": _attributes(resource)},
-            "scopeMetrics": [scope_metrics],
-        }
-        return {"resourceMetrics": [resource_metrics]}
+_tool: "_Tool | None" = None  # of the last initialize_telemetry()
 
 
 class _Call:
@@ -177,15 +130,14 @@ class _Call:
 
     thread: "threading.Thread"
 
-    def __init__(self, tool: _Tool, command: "Any", endpoint: "str | None") -> None:
+    def __init__(self, tool: _Tool, command: "Any", endpoint: "str | None" = None) -> None:
         self.began, self.started = time.monotonic(), time.time_ns()
         self.deadline = self.began + _TIMEOUT_MS / 1000  # until the config is parsed
         self.tool, self.command = tool, command
-        self.endpoint = endpoint  # of the environment
+        self.endpoint = endpoint or os.environ.get(f"{tool.environment}_ENDPOINT")
         self.directory, self.url = "", ""
         self.config: bytes | None = None
-        self.asked = _debugs(tool)  # whether somebody reads the outcome
-        self.in_cooldown = False  # whether a cool-down does not matter
+        self.is_by_hand = False  # somebody waits for the outcome, whatever a cool-down says
         self.is_given_up = False  # whether the end of the process has come first
         self.phase = "preparing"
         self.received = 0  # bytes
@@ -206,12 +158,6 @@ class _Call:
 
     def timed_out(self) -> str:
         return f"timed out {self.took()}, {self.phase}"
-
-
-def _module_name() -> str:
-    if __name__ != "__main__":
-        return __name__
-    return __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
 
 
 def _plain(text: object, length: int = 160) -> str:
@@ -278,13 +224,8 @@ def _metrics_url(base: object) -> str:
         return ""
     if not good or "@" in url.netloc or _NOT_IN_URL & set(base):
         return ""
-    is_whole = url.path.rstrip("/").endswith("/v1/metrics")
-    rest = base[len(url.scheme) :].rstrip("/")
-    return f"{url.scheme}{rest}" if is_whole else f"{url.scheme}{rest}/v1/metrics"
-
-
-def _attributes(values: "dict[str, str]") -> "list[dict[str, Any]]":
-    return [{"key": key, "value": {"stringValue": value}} for key, value in values.items()]
+    whole = url.scheme + base[len(url.scheme) :].rstrip("/")
+    return whole if url.path.rstrip("/").endswith("/v1/metrics") else f"{whole}/v1/metrics"
 
 
 def _retry_after(value: str) -> int:
@@ -299,6 +240,73 @@ def _retry_after(value: str) -> int:
     except (ValueError, OverflowError, OSError):
         return 0
     return min(max(seconds, 0), _COOLDOWN_SECONDS_MAX)
+
+
+class TelemetryConfig:
+    """The `[telemetry]` table of config.toml, checked. `timeout_ms` is in milliseconds;
+    `otlp_endpoint` is None where the key is missing, "" where it says nowhere."""
+
+    __slots__ = ("enabled", "is_stored", "otlp_endpoint", "otlp_headers", "timeout_ms")
+    enabled: bool
+    is_stored: bool
+    timeout_ms: int
+    otlp_endpoint: "str | None"
+    otlp_headers: "dict[str, str]"
+
+    def __init__(self, table: "Any") -> None:
+        """Take a parsed table, None for defaults that no file holds. Raises _Invalid."""
+        self.is_stored = table is not None
+        table = {} if table is None else table
+        if not isinstance(table, dict):
+            raise _bad("", table, "a table")
+        self.enabled = table.get("enabled", True)
+        if type(self.enabled) is not bool:
+            raise _bad(".enabled", self.enabled, "true or false")
+        self.timeout_ms = table.get("timeout_ms", _TIMEOUT_MS)
+        if type(self.timeout_ms) is not int or not 1 <= self.timeout_ms <= _TIMEOUT_MS_MAX:
+            raise _bad(".timeout_ms", self.timeout_ms, f"an integer from 1 to {_TIMEOUT_MS_MAX}")
+        self.otlp_endpoint = table.get("otlp_endpoint")
+        if self.otlp_endpoint not in (None, "") and not _metrics_url(self.otlp_endpoint):
+            raise _bad(".otlp_endpoint", self.otlp_endpoint, _URL_ALLOWED)
+        headers = table.get("otlp_headers", {})
+        if not isinstance(headers, dict):
+            raise _bad(".otlp_headers", type(headers), "a table of strings")
+        for name, value in headers.items():
+            if not isinstance(value, str) or {"\r", "\n"} & set(name + value):
+                found = type(value)  # never the value: it may be a secret
+                raise _bad(f".otlp_headers.{_plain(name)}", found, "a string without line breaks")
+        self.otlp_headers = {n: v for n, v in headers.items() if _is_header(n, v)}
+
+
+def _attributes(values: "dict[str, str]") -> "list[dict[str, Any]]":
+    return [{"key": key, "value": {"stringValue": value}} for key, value in values.items()]
+
+
+class CommandMetric:
+    """One run of a command: a data point of a cumulative sum. `start` and `end` are its window,
+    in Unix nanoseconds, each a true reset (metrics data model, "Resets and Gaps")."""
+
+    __slots__ = ("command", "end", "name", "start")
+
+    def __init__(self, name: str, command: str, start: int, end: int) -> None:
+        self.name, self.command, self.start, self.end = name, command, start, end
+
+    def encode(self, resource: "dict[str, str]") -> "dict[str, Any]":
+        """An ExportMetricsServiceRequest in OTLP's JSON Protobuf encoding."""
+        point = {
+            "attributes": _attributes({"command_name": self.command}),
+            "startTimeUnixNano": str(self.start),
+            "timeUnixNano": str(self.end),
+            "asInt": "1",
+        }
+        cumulative = 2  # AGGREGATION_TEMPORALITY_CUMULATIVE
+        total = {"dataPoints": [point], "aggregationTemporality": cumulative, "isMonotonic": True}
+        scope_metrics = {"scope": {}, "metrics": [{"name": self.name, "sum": total}]}
+        resource_metrics = {
+            "resource": {"attributes": _attributes(resource)},
+            "scopeMetrics": [scope_metrics],
+        }
+        return {"resourceMetrics": [resource_metrics]}
 
 
 def _says_off(config: bytes) -> bool:
@@ -318,13 +326,9 @@ def _says_off(config: bytes) -> bool:
     return False
 
 
-def _is_false(variable: str) -> bool:
-    return os.environ.get(variable, "").strip().lower() in _FALSE
-
-
 def _debugs(tool: _Tool) -> bool:
-    variable = f"{tool.environment}_DEBUG"
-    return not (_is_false(variable) or os.environ.get(variable, "").strip() == "")
+    debug = os.environ.get(f"{tool.environment}_DEBUG", "")
+    return debug.strip().lower() not in ("", *_FALSE)
 
 
 def _check_switches(tool: _Tool) -> None:
@@ -332,8 +336,9 @@ def _check_switches(tool: _Tool) -> None:
     do_not_track = os.environ.get("DO_NOT_TRACK", "")
     if do_not_track.lower() not in ("", *_FALSE):
         raise _Off(f"DO_NOT_TRACK is set to {_plain(do_not_track, 20)}")
-    if _is_false(tool.environment):
-        raise _Off(f"{tool.environment} is set to {os.environ[tool.environment].strip()}")
+    switch = os.environ.get(tool.environment, "").strip()
+    if switch.lower() in _FALSE:
+        raise _Off(f"{tool.environment} is set to {switch}")
     if tool.problem:
         raise _Invalid(tool.problem)
 
@@ -359,11 +364,10 @@ def _say(text: str) -> bool:
 
 def _debug(tool: _Tool, text: str) -> None:
     if _debugs(tool):
-        label = tool.prog.removeprefix("python -m ")
-        _say("\n".join(f"{label}: {line}" for line in text.splitlines()))
+        _say("\n".join(f"{tool.label()}: {line}" for line in text.splitlines()))
 
 
-def _shielded(function: "Callable[..., Any]", *args: "Any") -> "Any":
+def _shielded(function: "Callable[..., _T]", *args: "Any") -> "_T | None":
     """What function returns; None where it raises, for the host is not to know."""
     failure: Exception | None = None
     for _ in range(2):
@@ -397,8 +401,9 @@ def _read(path: str, limit: int) -> bytes:
         return file.read(limit)
 
 
-def _write(path: str, data: bytes, *, new: bool = False, like: str = "") -> None:
-    """Put data at path in one step: as a `new` file, or with the mode of the file `like` it.
+def _write(path: str, data: bytes, is_new: "bool | None" = None) -> None:
+    """Put data at path in one step. `is_new` tells whether a file has to be there already, which
+    then lends its mode; None: either.
 
     A reader, or a process killed meanwhile, meets the old file or the new. Raises OSError.
     """
@@ -406,11 +411,11 @@ def _write(path: str, data: bytes, *, new: bool = False, like: str = "") -> None
     try:
         with open(temporary, "xb", opener=_private) as file:
             file.write(data)
-            if like:  # the user's own words: they outlast a power cut
+            if is_new is False:  # the user's own words: they outlast a power cut
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(temporary, os.stat(like).st_mode & 0o7777)
-        if new:
+                os.chmod(temporary, os.stat(path).st_mode & 0o7777)
+        if is_new:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
@@ -528,14 +533,13 @@ def _plain_table(config: bytes) -> "dict[str, Any] | None":
     return table
 
 
-def _configured(directory: str, config: "bytes | None") -> "tuple[TelemetryConfig, bool]":
-    """The settings, and whether a table holds them. Raises _Off, _Invalid."""
-    if config is None:
-        return TelemetryConfig({}), False
+def _configured(directory: str, config: "bytes | None") -> TelemetryConfig:
+    """The settings in a config. Raises _Invalid."""
     try:
-        table = _plain_table(config)
-        document = _parse(config) if table is None else {"telemetry": table}
-        return TelemetryConfig(document.get("telemetry", {})), "telemetry" in document
+        table = None if config is None else _plain_table(config)
+        if config is not None and table is None:
+            table = _parse(config).get("telemetry")
+        return TelemetryConfig(table)
     except _Invalid as problem:
         raise _Invalid(f"{_config_path(directory)}: {problem}") from None
 
@@ -571,26 +575,6 @@ def _appended(config: str, table: str) -> bytes:
     return (config + gap + table.replace("\n", newline)).encode()
 
 
-def _introduce(call: _Call) -> bytes:
-    """Make the missing file or table and say so, which one of many processes does.
-
-    Returns the config. Raises OSError, _Off: where nobody can be told, nothing is sent.
-    """
-    if getattr(sys.stderr, "closed", True):  # None, where the descriptor was closed
-        raise _Off("the first-run notice cannot be shown: stderr is closed")
-    with _Lock(call.directory):
-        found = _read_config(call.directory)
-        if found is not None and _configured(call.directory, found)[1]:
-            return found
-        config = _appended((found or b"").decode(), _table(call.tool, True))
-        path = os.path.realpath(_config_path(call.directory))
-        _write(path, config, new=found is None, like="" if found is None else path)
-        if not _say(_notice(call.tool, call.url)):
-            os.unlink(path) if found is None else _write(path, found, like=path)
-            raise _Off("the first-run notice could not be written to stderr")
-    return config
-
-
 def _notice(tool: _Tool, url: str) -> str:
     return (
         f"{tool.service_name} counts which of its commands are run: the command's name, the\n"
@@ -600,6 +584,26 @@ def _notice(tool: _Tool, url: str) -> str:
         f"  Turn it off:  {tool.prog} disable\n"
         f"                or {tool.environment}=0, or DO_NOT_TRACK=1"
     )
+
+
+def _introduce(call: _Call) -> bytes:
+    """Make the missing file or table and say so, which one of many processes does.
+
+    Returns the config. Raises OSError, _Off: where nobody can be told, nothing is sent.
+    """
+    if getattr(sys.stderr, "closed", True):  # None, where the descriptor was closed
+        raise _Off("the first-run notice cannot be shown: stderr is closed")
+    with _Lock(call.directory):
+        found = _read_config(call.directory)
+        if found is not None and _configured(call.directory, found).is_stored:
+            return found
+        config = _appended((found or b"").decode(), _table(call.tool, True))
+        path = os.path.realpath(_config_path(call.directory))
+        _write(path, config, is_new=found is None)
+        if not _say(_notice(call.tool, call.url)):
+            os.unlink(path) if found is None else _write(path, found, is_new=False)
+            raise _Off("the first-run notice could not be written to stderr")
+    return config
 
 
 def _stored_fingerprint(directory: str) -> str:
@@ -635,7 +639,7 @@ def _kept_fingerprint(directory: str) -> str:
 def _read_cooldown(directory: str, url: str) -> "tuple[int, int, str]":
     """The last cool-down of this URL: seconds to go, its whole length, its reason."""
     try:
-        text = _read(f"{directory}/cooldown", _EXCERPT_BYTES).decode()
+        text = _read(f"{directory}/cooldown", 4096).decode()
         until, length, target, reason = text.rstrip("\n").split(" ", 3)
         to_go, seconds = int(until) - int(time.time()), int(length)
     except (OSError, ValueError):
@@ -663,6 +667,42 @@ def _end_cooldown(directory: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _body(call: _Call, fingerprint: str, window: "tuple[int, int]") -> bytes:
+    import json
+
+    resource = {
+        "service.name": call.tool.service_name,
+        "service.version": call.tool.service_version,
+        "user.fingerprint": fingerprint,
+    }
+    metric = CommandMetric(call.tool.metric_name, call.command, *window)
+    return json.dumps(metric.encode(resource), separators=(",", ":")).encode()
+
+
+def _request(call: _Call, config: TelemetryConfig, body: bytes) -> "urllib.request.Request":
+    """The request, with each header that will be on the wire."""
+    import urllib.request
+
+    request = urllib.request.Request(call.url, data=body, method="POST")
+    agent = f"trix-telemetry/{__version__}"
+    headers = {"User-Agent": agent, "Accept-Encoding": "identity", **config.otlp_headers}
+    headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    headers |= {"Host": request.host, "Connection": "close"}
+    for name, value in headers.items():
+        request.add_header(name, value)
+    return request
+
+
+def _rendered(request: "urllib.request.Request", config: TelemetryConfig) -> str:
+    """The request as on the wire, but for the values of configured headers."""
+    hidden = {name.lower() for name in config.otlp_headers}
+    lines = [f"POST {request.selector} HTTP/1.1"]
+    for name, value in request.header_items():
+        lines.append(f"{name.title()}: {'(hidden)' if name.lower() in hidden else value}")
+    body: bytes = request.data  # type: ignore[assignment]
+    return "\n".join([*lines, "", body.decode()])
 
 
 def _timed(kind: type, call: _Call) -> type:
@@ -761,49 +801,6 @@ def _tls_contexts() -> "Iterator[ssl.SSLContext]":
     yield ssl.create_default_context()
 
 
-def _send(call: _Call, config: TelemetryConfig, body: bytes) -> int:
-    """Send, set the call's outcome and text, and return the seconds of a Retry-After."""
-    import http.client
-
-    contexts = _tls_contexts() if call.url.startswith("https:") else [None]
-    for context in contexts:
-        try:
-            with _open(_request(call, config, body), call, context) as response:
-                return _judge(response, call)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            wrapped = getattr(error, "reason", None)  # by urllib
-            reason = wrapped if isinstance(wrapped, Exception) else error
-            call.outcome, call.text = "failed", _explained(reason, call)
-            if not hasattr(reason, "verify_message"):
-                break
-    return 0
-
-
-def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
-    """OTLP specification, "OTLP/HTTP Response": of the statuses, 2xx alone is a success."""
-    import http.client
-
-    status = response.status
-    call.text = f"HTTP {status} {call.took()}"
-    call.outcome = "sent" if 200 <= status < 300 else "failed"
-    try:
-        answer = response.read(_ANSWER_BYTES_MAX) if call.asked else b""
-    except (OSError, http.client.HTTPException):  # it comes late, or not whole
-        answer = b""
-    said = _plain(" ".join(answer.decode(errors="replace").split()))
-    if call.outcome == "sent":
-        rejected, said = _partial_success(answer)
-        if rejected > 0:
-            call.outcome = "failed"
-            count = _plain(rejected, 20)
-            said = f"the collector rejected {count} data point: {said or 'no reason given'}"
-    elif 300 <= status < 400:
-        where = _plain(response.getheader("Location", "nowhere"))
-        said = f"redirect to {where}, which is not followed"
-    call.text += f": {said}" if said else ""
-    return _retry_after(response.getheader("Retry-After", "")) if status in (429, 503) else 0
-
-
 def _partial_success(answer: bytes) -> "tuple[int, str]":
     """How many points were rejected, and the message: OTLP specification, "Partial Success"."""
     import json
@@ -845,47 +842,48 @@ def _explained(error: Exception, call: _Call) -> str:
     return f"{text}, {call.phase}"
 
 
-def _body(call: _Call, fingerprint: str, window: "tuple[int, int]") -> bytes:
-    import json
+def _judge(response: "http.client.HTTPResponse", call: _Call) -> int:
+    """OTLP specification, "OTLP/HTTP Response": of the statuses, 2xx alone is a success."""
+    import http.client
 
-    resource = {
-        "service.name": call.tool.service_name,
-        "service.version": call.tool.service_version,
-        "user.fingerprint": fingerprint,
-    }
-    metric = CommandMetric(call.tool.metric_name, call.command, *window)
-    return json.dumps(metric.encode(resource), separators=(",", ":")).encode()
-
-
-def _request(call: _Call, config: TelemetryConfig, body: bytes) -> "urllib.request.Request":
-    """The request, with each header that will be on the wire."""
-    import urllib.request
-
-    request = urllib.request.Request(call.url, data=body, method="POST")
-    fixed = ("application/json", str(len(body)), request.host, "close")
-    ours = {"User-Agent": f"trix-telemetry/{__version__}", "Accept-Encoding": "identity"}
-    theirs = dict(zip(_FIXED_HEADERS, fixed, strict=False))
-    for name, value in (*ours.items(), *config.otlp_headers.items(), *theirs.items()):
-        request.add_header(name, value)
-    return request
-
-
-def _rendered(request: "urllib.request.Request", config: TelemetryConfig) -> str:
-    """The request as on the wire, but for the values of configured headers."""
-    hidden = {name.lower() for name in config.otlp_headers}
-    lines = [f"POST {request.selector} HTTP/1.1"]
-    for name, value in request.header_items():
-        lines.append(f"{name.title()}: {'(hidden)' if name.lower() in hidden else value}")
-    body: bytes = request.data  # type: ignore[assignment]
-    return "\n".join([*lines, "", body.decode()])
+    status = response.status
+    call.text = f"HTTP {status} {call.took()}"
+    call.outcome = "sent" if 200 <= status < 300 else "failed"
+    try:
+        is_read = call.is_by_hand or _debugs(call.tool)
+        answer = response.read(_ANSWER_BYTES_MAX) if is_read else b""
+    except (OSError, http.client.HTTPException):  # it comes late, or not whole
+        answer = b""
+    said = _plain(" ".join(answer.decode(errors="replace").split()))
+    if call.outcome == "sent":
+        rejected, said = _partial_success(answer)
+        if rejected > 0:
+            call.outcome = "failed"
+            count = _plain(rejected, 20)
+            said = f"the collector rejected {count} data point: {said or 'no reason given'}"
+    elif 300 <= status < 400:
+        where = _plain(response.getheader("Location", "nowhere"))
+        said = f"redirect to {where}, which is not followed"
+    call.text += f": {said}" if said else ""
+    return _retry_after(response.getheader("Retry-After", "")) if status in (429, 503) else 0
 
 
-def _block_sigpipe() -> None:
-    """On this thread: in a host that has it end the process, a server could do that, too."""
-    import signal
+def _send(call: _Call, config: TelemetryConfig, body: bytes) -> int:
+    """Send, set the call's outcome and text, and return the seconds of a Retry-After."""
+    import http.client
 
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+    contexts = _tls_contexts() if call.url.startswith("https:") else [None]
+    for context in contexts:
+        try:
+            with _open(_request(call, config, body), call, context) as response:
+                return _judge(response, call)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            wrapped = getattr(error, "reason", None)  # by urllib
+            reason = wrapped if isinstance(wrapped, Exception) else error
+            call.outcome, call.text = "failed", _explained(reason, call)
+            if not hasattr(reason, "verify_message"):
+                break
+    return 0
 
 
 class OtlpClient:
@@ -955,7 +953,11 @@ class OtlpClient:
         time.sleep(0.001)  # the caller has the interpreter back; else it would wait for 5 ms
         try:
             self.load("signal")
-            _block_sigpipe()
+            if sys.platform != "win32":
+                import signal
+
+                # Where the host has it end the process, a server could do that, too.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
             self.deliver(call)
         except (_Off, OSError, ImportError) as reason:
             if isinstance(reason, _Invalid):
@@ -970,14 +972,14 @@ class OtlpClient:
             self.load("hashlib", "platform", "fcntl")
         config = self.configure(call)
         to_go, _, reason = _read_cooldown(call.directory, call.url)
-        if to_go and not call.in_cooldown:
+        if to_go and not call.is_by_hand:
             raise _Off(f"cooling down for {to_go} s: {reason}")
         self.load("json")
         body = _body(call, self.identify(call.directory), self.window(call.started))
         self.load("socket", "email.parser", "ssl", "http.client", "tempfile", "urllib.request")
         if call.url.startswith("https:"):
             self.load("encodings.idna")
-        if call.asked:
+        if _debugs(call.tool):
             _debug(call.tool, _rendered(_request(call, config, body), config))
         retry_after = _send(call, config, body)
         if call.outcome == "sent":
@@ -991,12 +993,12 @@ class OtlpClient:
             call.config = _read_config(call.directory)
         if call.config is not None and _plain_table(call.config) is None:
             self.load("tomllib")
-        config, is_stored = _configured(call.directory, call.config)
+        config = _configured(call.directory, call.config)
         if not config.enabled:
             _refuse(call.directory)
         call.deadline = call.began + config.timeout_ms / 1000
         call.url = _effective_url(call.tool, call.endpoint, config)
-        if is_stored:
+        if config.is_stored:
             return config
         call.config = _introduce(call)
         return self.configure(call)
@@ -1045,7 +1047,6 @@ class OtlpClient:
                 _debug(call.tool, f"{call.outcome}: {call.text}")
 
 
-_tool: "_Tool | None" = None  # of the last initialize_telemetry()
 _clients: "dict[int, OtlpClient]" = {}  # by process id: a forked child makes its own
 
 
@@ -1066,7 +1067,7 @@ def _at_exit() -> None:
         pass
 
 
-def _prepare(tool: _Tool, name: object, endpoint: "str | None") -> _Call:
+def _prepare(tool: _Tool, name: object, endpoint: "str | None" = None) -> _Call:
     """What must be seen at the call, and no more. Raises _Off, OSError."""
     call = _Call(tool, name, endpoint)
     if not _is_command(name, tool.commands):
@@ -1078,7 +1079,7 @@ def _prepare(tool: _Tool, name: object, endpoint: "str | None") -> _Call:
     if _says_off(head):
         _refuse(call.directory)
     in_file = b"endpoint" in head or b"\\" in head or len(head) == _HEAD_BYTES
-    if not (tool.endpoint or in_file if endpoint is None else endpoint):
+    if not (tool.endpoint or in_file if call.endpoint is None else call.endpoint):
         raise _Off("there is no endpoint to send to")
     return call
 
@@ -1088,7 +1089,7 @@ def _track(name: object) -> "threading.Thread | None":
         return None
     tool = _tool or _Tool()
     try:
-        call = _prepare(tool, name, os.environ.get(f"{tool.environment}_ENDPOINT"))
+        call = _prepare(tool, name)
         return _client().start(call)
     except (_Off, OSError) as reason:
         _debug(tool, f"off: {_one_line(reason)}")
@@ -1102,8 +1103,7 @@ def track_command_execution(name: str) -> "threading.Thread | None":
     prints nothing but the first run's notice. At exit the process waits for what is left of
     `timeout_ms`, and no longer.
     """
-    thread: threading.Thread | None = _shielded(_track, name)
-    return thread
+    return _shielded(_track, name)
 
 
 def initialize_telemetry(
@@ -1122,9 +1122,19 @@ def initialize_telemetry(
     Opens nothing and raises nothing. A value of the wrong type turns telemetry off, and
     `status` tells which. The last call before a track decides.
     """
-    given = dict(locals())
     global _tool
-    _tool = _Tool(**given)
+    _tool = _Tool(**locals())
+
+
+def _user_fingerprint() -> str:
+    tool, directory = _tool or _Tool(), ""
+    try:
+        _check_switches(tool)
+        path = _state_directory(tool)
+        directory = path if _configured(path, _read_config(path)).enabled else ""
+    except (_Off, OSError, ValueError):
+        pass
+    return _client().identify(directory)
 
 
 def get_user_fingerprint() -> str:
@@ -1133,96 +1143,46 @@ def get_user_fingerprint() -> str:
     Made and stored where there is none. Where telemetry is off, or it cannot be stored, one
     that serves this process alone. Raises nothing.
     """
-    fingerprint: str | None = _shielded(_user_fingerprint)
-    return fingerprint or ""
-
-
-def _user_fingerprint() -> str:
-    tool, directory = _tool or _Tool(), ""
-    try:
-        _check_switches(tool)
-        path = _state_directory(tool)
-        directory = path if _configured(path, _read_config(path))[0].enabled else ""
-    except (_Off, OSError, ValueError):
-        pass
-    return _client().identify(directory)
+    return _shielded(_user_fingerprint) or ""
 
 
 # The command line: from here on, nothing runs inside a host tool.
 
 
-def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
-    """The command line, also hung under a tool's own command: `main(args, prog="acme telemetry")`.
+def _check_writable(directory: str) -> None:
+    """Raises _Off where the first run could not make the config."""
+    while not os.path.exists(directory):
+        directory = os.path.dirname(directory)
+    if not os.access(directory, os.W_OK) or not os.path.isdir(directory):
+        raise _Off(f"{directory} cannot be written to, so that no choice could be kept")
 
-    Returns the exit code: 0, 1 for an error or an invalid config, 2 for a wrong usage.
-    """
-    tool = _tool or _Tool()
-    if prog:
-        tool.prog = prog
-    label = tool.prog.removeprefix("python -m ")
-    if hasattr(sys.stdout, "reconfigure"):  # not every terminal has all characters
-        sys.stdout.reconfigure(errors="backslashreplace")
+
+def _stored(directory: str) -> "tuple[str, TelemetryConfig, Exception | None]":
+    """What config.toml holds: on, off, none, invalid or unreadable; its settings; and why
+    nothing is sent by them."""
+    stored, config = "unreadable", TelemetryConfig(None)
     try:
-        code = _run(tool, label, argv)
-        if sys.stdout:
-            sys.stdout.flush()
-        return code
-    except OSError as error:  # nobody reads on, as with `| head -0`, or a disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes at exit
-        if not isinstance(error, BrokenPipeError):
-            _say(f"{label}: error: {_one_line(error)}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        found = _read_config(directory) if directory else None
+        stored = "invalid"
+        config = _configured(directory, found)
+        stored = ("on" if config.enabled else "off") if config.is_stored else "none"
+        if stored == "none":
+            _check_writable(directory or "/")
+        if stored == "off":
+            _refuse(directory)
+    except (_Off, OSError, ImportError) as problem:
+        return stored, config, problem
+    return stored, config, None
 
 
-def _run(tool: _Tool, label: str, argv: "list[str] | None") -> int:
-    try:
-        options = _parser(tool, label).parse_args(argv)
-        return int(options.run(tool, options))
-    except SystemExit as stop:  # of argparse: --help, --version, a wrong usage
-        return stop.code if isinstance(stop.code, int) else 1
-    except BrokenPipeError:
-        raise
-    except (_Off, OSError, ImportError) as error:
-        _say(f"{label}: error: {_one_line(error)}")
-        return 1
+def _proxy(url: str) -> str:
+    """Which proxy of the environment stands between, without its user info, or ""."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies_environment, proxy_bypass
 
-
-def _parser(tool: _Tool, label: str) -> "argparse.ArgumentParser":
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> "NoReturn":
-            self.exit(2, f"{label}: error: {_plain(message, 1000)}\n")
-
-    parser = Parser(prog=tool.prog, description="Look inside usage telemetry, and decide.")
-    parser.add_argument("--version", action="version", version=f"{label} {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(run: "Callable[..., int]", name: str, *alias: str, text: str) -> "Any":
-        command = commands.add_parser(name, aliases=alias, help=text, description=text)
-        command.set_defaults(run=run)
-        return command
-
-    status = add(_run_status, "status", text="tell whether it is on, why, and where to")
-    status.add_argument("--json", action="store_true", help="the same facts as JSON")
-    enable = add(_run_enable, "enable", "on", text="turn it on in config.toml")
-    enable.set_defaults(enabled=True)
-    disable = add(_run_enable, "disable", "off", text="turn it off in config.toml")
-    disable.set_defaults(enabled=False)
-    preview = add(_run_preview, "preview", text="show the exact request; send nothing")
-    preview.add_argument(
-        "command", metavar="COMMAND", nargs="?", default=min(tool.commands or ["build"])
-    )
-    track = add(_run_track, "track", text="send one data point, wait, and tell what came of it")
-    track.add_argument("command", metavar="COMMAND")
-    track.add_argument("--endpoint", metavar="URL", help="send it there")
-    add(_run_reset, "reset", text="forget the fingerprint")
-    add(
-        _run_selftest, "selftest", text="try all of it on this machine, with a collector of its own"
-    )
-    return parser
+    proxies = getproxies_environment()
+    proxy = proxies.get(url.partition(":")[0], "")
+    return "" if proxy and proxy_bypass(urlsplit(url).netloc) else _plain(proxy.rpartition("@")[2])
 
 
 def _facts(tool: _Tool) -> "dict[str, Any]":
@@ -1232,15 +1192,16 @@ def _facts(tool: _Tool) -> "dict[str, Any]":
     def attempt(step: "Callable[..., Any]", *args: object) -> "Any":
         try:
             return step(*args)
-        except (_Off, OSError, ImportError) as problem:
+        except (_Off, ImportError) as problem:
             problems.append(problem)
-            return None
 
     attempt(_check_switches, tool)
     directory = attempt(_state_directory, tool) or ""
-    stored, config = _stored(directory, attempt)
-    endpoint = os.environ.get(f"{tool.environment}_ENDPOINT")
-    url = attempt(_effective_url, tool, endpoint, config) or ""
+    stored, config, problem = _stored(directory)
+    if problem:
+        problems.append(problem)
+    override = os.environ.get(f"{tool.environment}_ENDPOINT")
+    url = attempt(_effective_url, tool, override, config) or ""
     to_go, _, reason = _read_cooldown(directory, url) if directory else (0, 0, "")
     why = f"{_config_path(directory)} says so" if stored == "on" else "it is the default"
     return {
@@ -1260,40 +1221,6 @@ def _facts(tool: _Tool) -> "dict[str, Any]":
         "config": _config_path(directory) if directory else None,
         "version": __version__,
     }
-
-
-def _stored(directory: str, attempt: "Callable[..., Any]") -> "tuple[str, TelemetryConfig]":
-    """What config.toml holds: on, off, none, invalid or unreadable; and its settings."""
-    found = attempt(lambda: [_read_config(directory)] if directory else [None])
-    if found is None:
-        return "unreadable", TelemetryConfig({})
-    config, is_stored = attempt(_configured, directory, found[0]) or (None, False)
-    if config is None:
-        return "invalid", TelemetryConfig({})
-    if not is_stored:
-        attempt(_check_writable, directory or "/")
-        return "none", config
-    if not config.enabled:
-        attempt(_refuse, directory)
-    return "on" if config.enabled else "off", config
-
-
-def _check_writable(directory: str) -> None:
-    """Raises _Off where the first run could not make the config."""
-    while not os.path.exists(directory):
-        directory = os.path.dirname(directory)
-    if not os.access(directory, os.W_OK) or not os.path.isdir(directory):
-        raise _Off(f"{directory} cannot be written to, so that no choice could be kept")
-
-
-def _proxy(url: str) -> str:
-    """Which proxy of the environment stands between, without its user info, or ""."""
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies_environment, proxy_bypass
-
-    proxies = getproxies_environment()
-    proxy = proxies.get(url.partition(":")[0], "")
-    return "" if proxy and proxy_bypass(urlsplit(url).netloc) else _plain(proxy.rpartition("@")[2])
 
 
 def _run_status(tool: _Tool, options: "argparse.Namespace") -> int:
@@ -1332,31 +1259,45 @@ def _run_status(tool: _Tool, options: "argparse.Namespace") -> int:
     return 1 if facts["invalid"] else 0
 
 
-def _run_enable(tool: _Tool, options: "argparse.Namespace") -> int:
-    """Change the one value. Raises _Off, OSError: the file is then untouched."""
-    enabled: bool = options.enabled
-    directory = _state_directory(tool)
-    path = os.path.realpath(_config_path(directory))
-    with _Lock(directory):
-        try:
-            found = _read_config(directory)
-            config = _edited(found, tool, enabled)
-            if config != found:
-                _write(path, config, new=found is None, like="" if found is None else path)
-        except (_Off, OSError) as problem:
-            reason = getattr(problem, "strerror", None) or problem
-            raise _Off(f"{path}: {reason}; nothing was changed") from None
-    print(f"Telemetry is {'on' if enabled else 'off'} in {_plain(path, 1000)}")
-    if enabled and _end_cooldown(directory):
-        print("The cool-down was ended.")
-    try:
-        _check_switches(tool)
-        facts = _facts(tool)
-        if enabled and facts["state"] == "off":
-            print(f"Nothing is sent all the same: {facts['reason']}")
-    except _Off as why:
-        print(f"{why}: so it is off, whatever the file says.")
-    return 0
+def _span_of_enabled(text: str) -> "tuple[int, int]":
+    """Where the value of telemetry.enabled stands. Raises _Invalid.
+
+    A comment, a string or another table may hold the same text; so each value that it could be
+    is given a number of its own, and one parse tells which of the numbers came to stand there.
+    """
+    import re
+
+    # A bare word in place of a bare word: whatever it stands in, it stays well-formed.
+    matches = list(re.finditer(r"""enabled["']?[ \t]*=[ \t]*(true|false)""", text))
+    numbered, end = "", 0
+    for number, match in enumerate(matches):
+        numbered += f"{text[end : match.start(1)]}{number}"
+        end = match.end(1)
+    found = _parse(f"{numbered}{text[end:]}".encode())["telemetry"]["enabled"]
+    return matches[found].span(1) if type(found) is int else (0, 0)
+
+
+def _candidates(text: str, has_key: bool, value: str) -> "Iterator[bytes]":
+    """Edits one of which should be the right one; a parser will tell."""
+    import re
+
+    newline = "\r\n" if "\r\n" in text else "\n"
+    name = r"""(?:telemetry|"telemetry"|'telemetry')[ \t]*"""
+    if has_key:
+        start, end = _span_of_enabled(text)
+        yield f"{text[:start]}{value}{text[end:]}".encode()
+        return
+    yield _appended(text, f"[telemetry]\nenabled = {value}\n")
+    for header in re.finditer(rf"(?m)^[ \t]*\[[ \t]*{name}\].*\n?", text):
+        gap = "" if header[0].endswith("\n") else newline
+        line = f"{gap}enabled = {value}{newline}"
+        yield f"{text[: header.end()]}{line}{text[header.end() :]}".encode()
+    for inline in re.finditer(rf"{name}=[ \t]*\{{[ \t]*(\}}?)", text):
+        at, comma = inline.start(1), "" if inline[1] else ", "
+        yield f"{text[:at]}enabled = {value}{comma}{text[at:]}".encode()
+    for dotted in re.finditer(rf"(?m)^[ \t]*{name}\.", text):
+        at = dotted.start()
+        yield f"{text[:at]}telemetry.enabled = {value}{newline}{text[at:]}".encode()
 
 
 def _edited(found: "bytes | None", tool: _Tool, enabled: bool) -> bytes:
@@ -1384,64 +1325,30 @@ def _edited(found: "bytes | None", tool: _Tool, enabled: bool) -> bytes:
     raise _Off(f"too unusual to be edited; write `enabled = {value}` into [telemetry] by hand")
 
 
-def _candidates(text: str, has_key: bool, value: str) -> "Iterator[bytes]":
-    """Edits one of which should be the right one; a parser will tell."""
-    import re
-
-    newline = "\r\n" if "\r\n" in text else "\n"
-    name = r"""(?:telemetry|"telemetry"|'telemetry')[ \t]*"""
-    if has_key:
-        start, end = _span_of_enabled(text)
-        yield f"{text[:start]}{value}{text[end:]}".encode()
-        return
-    yield _appended(text, f"[telemetry]\nenabled = {value}\n")
-    for header in re.finditer(rf"(?m)^[ \t]*\[[ \t]*{name}\].*\n?", text):
-        gap = "" if header[0].endswith("\n") else newline
-        line = f"{gap}enabled = {value}{newline}"
-        yield f"{text[: header.end()]}{line}{text[header.end() :]}".encode()
-    for inline in re.finditer(rf"{name}=[ \t]*\{{[ \t]*(\}}?)", text):
-        at, comma = inline.start(1), "" if inline[1] else ", "
-        yield f"{text[:at]}enabled = {value}{comma}{text[at:]}".encode()
-    for dotted in re.finditer(rf"(?m)^[ \t]*{name}\.", text):
-        at = dotted.start()
-        yield f"{text[:at]}telemetry.enabled = {value}{newline}{text[at:]}".encode()
-
-
-def _span_of_enabled(text: str) -> "tuple[int, int]":
-    """Where the value of telemetry.enabled stands. Raises _Invalid.
-
-    A comment, a string or another table may hold the same text; so each value that it could be
-    is given a number of its own, and one parse tells which of the numbers came to stand there.
-    """
-    import re
-
-    # A bare word in place of a bare word: whatever it stands in, it stays well-formed.
-    matches = list(re.finditer(r"""enabled["']?[ \t]*=[ \t]*(true|false)""", text))
-    numbered, end = "", 0
-    for number, match in enumerate(matches):
-        numbered += f"{text[end : match.start(1)]}{number}"
-        end = match.end(1)
-    found = _parse(f"{numbered}{text[end:]}".encode())["telemetry"]["enabled"]
-    return matches[found].span(1) if type(found) is int else (0, 0)
-
-
-def _run_preview(tool: _Tool, options: "argparse.Namespace") -> int:
-    _check_command(tool, options.command)
-    facts = _facts(tool)
-    call = _Call(tool, options.command, None)
-    call.url = facts["endpoint"] or "http://no-endpoint/v1/metrics"
-    config = TelemetryConfig({})
-    if facts["stored"] in ("on", "off"):
-        config, _ = _configured(facts["directory"], _read_config(facts["directory"]))
-    fingerprint = facts["fingerprint"] or 64 * "0"
-    body = _body(call, fingerprint, _client().window(call.started))
-    print(_rendered(_request(call, config, body), config))
-    if facts["state"] == "off":
-        _say(f"It is not sent, telemetry is off: {facts['reason']}")
-    if not facts["fingerprint"]:
-        _say("The fingerprint is yet to be made, by the first send.")
-    if facts["proxy"]:
-        _say(f"It goes through a proxy of the environment, {facts['proxy']}, and says so to it.")
+def _run_enable(tool: _Tool, options: "argparse.Namespace") -> int:
+    """Change the one value. Raises _Off, OSError: the file is then untouched."""
+    enabled: bool = options.enabled
+    directory = _state_directory(tool)
+    path = os.path.realpath(_config_path(directory))
+    with _Lock(directory):
+        try:
+            found = _read_config(directory)
+            config = _edited(found, tool, enabled)
+            if config != found:
+                _write(path, config, is_new=found is None)
+        except (_Off, OSError) as problem:
+            reason = getattr(problem, "strerror", None) or problem
+            raise _Off(f"{path}: {reason}; nothing was changed") from None
+    print(f"Telemetry is {'on' if enabled else 'off'} in {_plain(path, 1000)}")
+    if enabled and _end_cooldown(directory):
+        print("The cool-down was ended.")
+    try:
+        _check_switches(tool)
+        facts = _facts(tool)
+        if enabled and facts["state"] == "off":
+            print(f"Nothing is sent all the same: {facts['reason']}")
+    except _Off as why:
+        print(f"{why}: so it is off, whatever the file says.")
     return 0
 
 
@@ -1452,25 +1359,21 @@ def _check_command(tool: _Tool, name: str) -> None:
         raise _Off(f"{name} is not among the tool's commands; it would be dropped")
 
 
-def _run_track(tool: _Tool, options: "argparse.Namespace") -> int:
-    endpoint = options.endpoint or os.environ.get(f"{tool.environment}_ENDPOINT")
-    if options.endpoint is not None and not _metrics_url(options.endpoint):
-        raise _Invalid(f"--endpoint is {_shown(options.endpoint)}; allowed: {_URL_ALLOWED}")
+def _run_preview(tool: _Tool, options: "argparse.Namespace") -> int:
     _check_command(tool, options.command)
-    try:
-        call = _prepare(tool, options.command, endpoint)
-        call.asked = call.in_cooldown = True
-        _client().start(call)
-        _client().wait()
-    except (_Off, OSError, RuntimeError) as reason:
-        print(f"Not sent, telemetry is off: {_one_line(reason)}")
-        return 0
-    if call.outcome == "off":
-        print(f"Not sent, telemetry is off: {call.text}")
-    elif call.outcome == "sent":
-        print(f"Sent to {call.url}: {call.text}")
-    else:
-        raise _Off(f"{call.url}: {call.text or call.phase}{_issuer(call)}")
+    facts = _facts(tool)
+    call = _Call(tool, options.command)
+    call.url = facts["endpoint"] or "http://no-endpoint/v1/metrics"
+    _, config, _ = _stored(facts["directory"] or "")
+    fingerprint = facts["fingerprint"] or 64 * "0"
+    body = _body(call, fingerprint, _client().window(call.started))
+    print(_rendered(_request(call, config, body), config))
+    if facts["state"] == "off":
+        _say(f"It is not sent, telemetry is off: {facts['reason']}")
+    if not facts["fingerprint"]:
+        _say("The fingerprint is yet to be made, by the first send.")
+    if facts["proxy"]:
+        _say(f"It goes through a proxy of the environment, {facts['proxy']}, and says so to it.")
     return 0
 
 
@@ -1496,6 +1399,27 @@ def _issuer(call: _Call) -> str:
     return f"; it is signed by {_plain(name.decode(errors='replace'))}"
 
 
+def _run_track(tool: _Tool, options: "argparse.Namespace") -> int:
+    if options.endpoint is not None and not _metrics_url(options.endpoint):
+        raise _Invalid(f"--endpoint is {_shown(options.endpoint)}; allowed: {_URL_ALLOWED}")
+    _check_command(tool, options.command)
+    try:
+        call = _prepare(tool, options.command, options.endpoint)
+        call.is_by_hand = True
+        _client().start(call)
+        _client().wait()
+    except (_Off, OSError, RuntimeError) as reason:
+        print(f"Not sent, telemetry is off: {_one_line(reason)}")
+        return 0
+    if call.outcome == "off":
+        print(f"Not sent, telemetry is off: {call.text}")
+    elif call.outcome == "sent":
+        print(f"Sent to {call.url}: {call.text}")
+    else:
+        raise _Off(f"{call.url}: {call.text or call.phase}{_issuer(call)}")
+    return 0
+
+
 def _run_reset(tool: _Tool, options: "argparse.Namespace") -> int:
     path = f"{_state_directory(tool)}/fingerprint"
     try:
@@ -1505,6 +1429,80 @@ def _run_reset(tool: _Tool, options: "argparse.Namespace") -> int:
     else:
         print(f"Forgotten: {_plain(path, 1000)}")
     return 0
+
+
+class _Selftest:
+    """Steps, most of them a fresh process that ends right after its call, as a tool's would."""
+
+    program = (
+        "import importlib, json, sys\n"
+        "name, sys.path[:], given = json.loads(sys.argv[1])\n"
+        "module = importlib.import_module(name)\n"
+        "module.initialize_telemetry(**given)\n"
+        "module.track_command_execution('selftest')\n"
+    )
+
+    def __init__(self, tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> None:
+        import json
+
+        self.tool, self.bodies, self.state, self.said = tool, bodies, f"{home}/state", ""
+        self.notice = _notice(tool, f"{url}/v1/metrics")
+        names = ("service_name", "service_version", "metric_name", "environment", "prog")
+        given = {"endpoint": url, "directory": self.state}
+        given |= {name: getattr(tool, name) for name in names}
+        here = [] if __package__ else [os.path.dirname(os.path.abspath(__file__))]
+        argument = json.dumps([_module_name(), [*here, *sys.path], given])
+        self.command = [sys.executable, "-B", "-c", self.program, argument]
+        others = ("DO_NOT_TRACK", tool.environment, "PYTHON")  # but for where modules are
+        env = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")}
+        env = {k: v for k, v in env.items() if not k.startswith(others) or k == "PYTHONPATH"}
+        self.env = env | {"HOME": home}
+
+    def passes(self) -> bool:
+        off = {self.tool.environment: "0"}
+        passed = [
+            self.step("first run: notice, delivery", lambda: self.delivers(1, self.notice)),
+            self.step("config: made and valid", lambda: _stored(self.state)[0] == "on"),
+            self.step("fingerprint: 64 hex digits", lambda: len(self.fingerprint()) == 64),
+            self.step("payload: as specified, to the byte", self.is_expected),
+            self.step("second run: silent delivery", lambda: self.delivers(2)),
+            self.step("off: DO_NOT_TRACK=1", lambda: self.delivers(2, DO_NOT_TRACK="1")),
+            self.step(f"off: {self.tool.environment}=0", lambda: self.delivers(2, **off)),
+            self.step("off: enabled = false", self.is_disabled),
+        ]
+        print(*(body.decode() for body in self.bodies[:1]))
+        return all(passed)
+
+    def step(self, name: str, check: "Callable[[], bool]") -> bool:
+        began = time.perf_counter()
+        passed = bool(_shielded(check))
+        took = (time.perf_counter() - began) * 1000
+        print(f"{'ok' if passed else 'FAILED':<8}{name:<44}{took:8.1f} ms")
+        if not passed and self.said:
+            print(f"        {_plain(self.said.splitlines()[-1])}")
+        return passed
+
+    def delivers(self, count: int, expected: str = "", **variables: str) -> bool:
+        import subprocess
+
+        env = self.env | variables
+        done = subprocess.run(self.command, env=env, capture_output=True, check=False)
+        self.said = done.stderr.decode(errors="replace").strip()
+        return (done.returncode, self.said, len(self.bodies)) == (0, expected, count)
+
+    def fingerprint(self) -> str:
+        return _stored_fingerprint(self.state)
+
+    def is_expected(self) -> bool:
+        import re
+
+        expected = _body(_Call(self.tool, "selftest"), self.fingerprint(), (0, 0))
+        first, second = (re.sub(rb'Nano":"\d+', b"", b) for b in (expected, self.bodies[0]))
+        return first == second
+
+    def is_disabled(self) -> bool:
+        _write(_config_path(self.state), _table(self.tool, False).encode())
+        return self.delivers(2)
 
 
 def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
@@ -1535,81 +1533,77 @@ def _run_selftest(tool: _Tool, options: "argparse.Namespace") -> int:
     return 0 if passed else 1
 
 
-class _Selftest:
-    """Steps, most of them a fresh process that ends right after its call, as a tool's would."""
+def _parser(tool: _Tool) -> "argparse.ArgumentParser":
+    import argparse
 
-    program = (
-        "import importlib, json, sys\n"
-        "name, sys.path[:], given = json.loads(sys.argv[1])\n"
-        "module = importlib.import_module(name)\n"
-        "module.initialize_telemetry(**given)\n"
-        "module.track_command_execution('selftest')\n"
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> "NoReturn":
+            self.exit(2, f"{tool.label()}: error: {_plain(message, 1000)}\n")
+
+    parser = Parser(prog=tool.prog, description="Look inside usage telemetry, and decide.")
+    parser.add_argument("--version", action="version", version=f"{tool.label()} {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(run: "Callable[..., int]", name: str, *alias: str, text: str) -> "Any":
+        command = commands.add_parser(name, aliases=alias, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    status = add(_run_status, "status", text="tell whether it is on, why, and where to")
+    status.add_argument("--json", action="store_true", help="the same facts as JSON")
+    enable = add(_run_enable, "enable", "on", text="turn it on in config.toml")
+    enable.set_defaults(enabled=True)
+    disable = add(_run_enable, "disable", "off", text="turn it off in config.toml")
+    disable.set_defaults(enabled=False)
+    preview = add(_run_preview, "preview", text="show the exact request; send nothing")
+    preview.add_argument(
+        "command", metavar="COMMAND", nargs="?", default=min(tool.commands or ["build"])
     )
+    track = add(_run_track, "track", text="send one data point, wait, and tell what came of it")
+    track.add_argument("command", metavar="COMMAND")
+    track.add_argument("--endpoint", metavar="URL", help="send it there")
+    add(_run_reset, "reset", text="forget the fingerprint")
+    add(
+        _run_selftest, "selftest", text="try all of it on this machine, with a collector of its own"
+    )
+    return parser
 
-    def __init__(self, tool: _Tool, home: str, url: str, bodies: "list[bytes]") -> None:
-        import json
 
-        self.tool, self.bodies, self.state, self.said = tool, bodies, f"{home}/state", ""
-        self.notice = _notice(tool, f"{url}/v1/metrics")
-        names = ("service_name", "service_version", "metric_name", "environment", "prog")
-        given = {name: getattr(tool, name) for name in names}
-        given |= {"endpoint": url, "directory": self.state}
-        here = [] if __package__ else [os.path.dirname(os.path.abspath(__file__))]
-        argument = json.dumps([_module_name(), [*here, *sys.path], given])
-        self.command = [sys.executable, "-B", "-c", self.program, argument]
-        others = ("DO_NOT_TRACK", tool.environment, "PYTHON")  # but for where modules are
-        env = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")}
-        env = {k: v for k, v in env.items() if not k.startswith(others) or k == "PYTHONPATH"}
-        self.env = env | {"HOME": home}
+def _run(tool: _Tool, argv: "list[str] | None") -> int:
+    try:
+        options = _parser(tool).parse_args(argv)
+        return int(options.run(tool, options))
+    except SystemExit as stop:  # of argparse: --help, --version, a wrong usage
+        return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:
+        raise
+    except (_Off, OSError, ImportError) as error:
+        _say(f"{tool.label()}: error: {_one_line(error)}")
+        return 1
 
-    def passes(self) -> bool:
-        off = {self.tool.environment: "0"}
-        passed = [
-            self.step("first run: notice, delivery", lambda: self.delivers(1, self.notice)),
-            self.step("config: made and valid", lambda: self.config()[1]),
-            self.step("fingerprint: 64 hex digits", lambda: len(self.fingerprint()) == 64),
-            self.step("payload: as specified, to the byte", self.is_expected),
-            self.step("second run: silent delivery", lambda: self.delivers(2)),
-            self.step("off: DO_NOT_TRACK=1", lambda: self.delivers(2, DO_NOT_TRACK="1")),
-            self.step(f"off: {self.tool.environment}=0", lambda: self.delivers(2, **off)),
-            self.step("off: enabled = false", lambda: self.disable() and self.delivers(2)),
-        ]
-        print(*(body.decode() for body in self.bodies[:1]))
-        return all(passed)
 
-    def step(self, name: str, check: "Callable[[], bool]") -> bool:
-        began = time.perf_counter()
-        passed = bool(_shielded(check))
-        took = (time.perf_counter() - began) * 1000
-        print(f"{'ok' if passed else 'FAILED':<8}{name:<44}{took:8.1f} ms")
-        if not passed and self.said:
-            print(f"        {_plain(self.said.splitlines()[-1])}")
-        return passed
+def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
+    """The command line, also hung under a tool's own command: `main(args, prog="acme telemetry")`.
 
-    def delivers(self, count: int, expected: str = "", **variables: str) -> bool:
-        import subprocess
-
-        env = self.env | variables
-        done = subprocess.run(self.command, env=env, capture_output=True, check=False)
-        self.said = done.stderr.decode(errors="replace").strip()
-        return (done.returncode, self.said, len(self.bodies)) == (0, expected, count)
-
-    def config(self) -> "tuple[TelemetryConfig, bool]":
-        return _configured(self.state, _read_config(self.state))
-
-    def fingerprint(self) -> str:
-        return _stored_fingerprint(self.state)
-
-    def is_expected(self) -> bool:
-        import re
-
-        expected = _body(_Call(self.tool, "selftest", None), self.fingerprint(), (0, 0))
-        first, second = (re.sub(rb'Nano":"\d+', b"", b) for b in (expected, self.bodies[0]))
-        return first == second
-
-    def disable(self) -> bool:
-        _write(_config_path(self.state), _edited(None, self.tool, False))
-        return True
+    Returns the exit code: 0, 1 for an error or an invalid config, 2 for a wrong usage.
+    """
+    tool = _tool or _Tool()
+    if prog:
+        tool.prog = prog
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal has all characters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(tool, argv)
+        if sys.stdout:
+            sys.stdout.flush()
+        return code
+    except OSError as error:  # nobody reads on, as with `| head -0`, or a disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes at exit
+        if not isinstance(error, BrokenPipeError):
+            _say(f"{tool.label()}: error: {_one_line(error)}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
