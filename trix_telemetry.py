@@ -168,11 +168,9 @@ def _plain(text: object, length: int = 160) -> str:
 def _shown(value: object) -> str:
     """What was found, for a message; what may be a URL's secret stays out of it."""
     if isinstance(value, str):
-        return (
-            "not shown, since it holds @, ? or #"
-            if set("@?#") & set(value)
-            else repr(_plain(value))
-        )
+        if set("@?#") & set(value):
+            return "not shown, since it holds @, ? or #"
+        return repr(_plain(value))
     if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
         return str(value).lower()
     kind = value if isinstance(value, type) else type(value)
@@ -1232,7 +1230,8 @@ def _run_status(tool: _Tool, options: "argparse.Namespace") -> int:
         print(dumps(facts, indent=2))
         return 1 if facts["invalid"] else 0
     host = urlsplit(facts["endpoint"] or "").hostname or "localhost"
-    is_local = host in ("localhost", "::1") or host.startswith("127.")
+    is_loopback = host.startswith("127.") and host.replace(".", "").isdigit()
+    is_local = is_loopback or host in ("localhost", "::1")
     in_clear = facts["encrypted"] is False and not is_local
     end = time.strftime("%H:%M:%S", time.localtime(time.time() + facts["cooldown_seconds"]))
     cooling = f"until {end} ({facts['cooldown_seconds']} s): {facts['cooldown_reason']}"
