@@ -878,9 +878,10 @@ def _send(call: _Call, config: TelemetryConfig, body: bytes) -> int:
         except (OSError, http.client.HTTPException, ValueError) as error:
             wrapped = getattr(error, "reason", None)  # by urllib
             reason = wrapped if isinstance(wrapped, Exception) else error
-            call.outcome, call.text = "failed", _explained(reason, call)
+            call.text = _explained(reason, call)
             if not hasattr(reason, "verify_message"):
                 break
+    call.outcome = "failed"  # not sooner: at exit it tells that the send has come to its end
     return 0
 
 
