@@ -71,16 +71,15 @@ MAX_SENDS = 4
 BACKOFF_SECONDS = 600
 # OTLP metrics data model, "Resets and Gaps"; stores that keep milliseconds need a whole one.
 MIN_INTERVAL_NS = 1_000_000
-# How often the exit looks at a send. Where it wakes up later than this, the host is busy.
-POLL_SECONDS, LATE_SECONDS = 0.02, 0.03
+# How often the exit looks at a send. Later than this the host is busy; Windows counts 16 ms ticks.
+POLL_SECONDS, LATE_SECONDS = 0.02, 0.035
 # A response that is not read at all resets the connection of the collector.
 MAX_RESPONSE_BYTES = 4096
 NO = ("", "0", "false", "no", "off")
 YES = ("", "1", "true", "yes", "on")
 # RFC 3986: scheme, host or IPv6 address, port, path; neither user info, query nor fragment.
 BASE_URL = (
-    r"(https?)://([a-z0-9._-]*[a-z0-9][a-z0-9._-]*|\[[0-9a-f:.]+\])"
-    r"(?::(\d{1,5}))?(/[a-z0-9._~!$&'()*+,;=:@%/-]*)?"
+    r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(/[a-z0-9._~!$&'()*+,;=:@%/-]*)?"
 )
 # RFC 9110, section 5: name and value, a line each; without those that the request needs.
 HEADER = (
@@ -111,9 +110,10 @@ def check_command(name: object, commands: "Collection[str] | None") -> None:
 def parse_endpoint(base: "Any", source: str) -> str:
     """Return the URL for metrics: OTLP specification, "OTLP/HTTP Request". Raise InvalidSetting."""
     import re
+    from urllib.parse import urlsplit
 
     match = re.fullmatch(BASE_URL, base, re.I | re.A) if isinstance(base, str) else None
-    if not match or not 0 < int(match[3] or 80) < 65536:
+    if not match or catch(urlsplit, base) or not 0 < int(match[3] or 80) < 65536:
         allowed = "an http or https base URL with a host, without user info, query or fragment"
         raise InvalidSetting(f"{source} must be {allowed}")
     scheme, authority = match[1].lower(), base[match.start(2) : max(match.end(2), match.end(3))]
@@ -121,14 +121,19 @@ def parse_endpoint(base: "Any", source: str) -> str:
     return f"{scheme}://{authority}{path}/v1/metrics"
 
 
+def check_text_table(table: "Any", source: str) -> None:
+    """Raise InvalidSetting for what is not a table of strings."""
+    pairs: list[Any] = list(table.items()) if isinstance(table, dict) else [(None, None)]
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise InvalidSetting(f"{source} must be a table of strings")
+
+
 def select_headers(headers: "Any", source: str) -> "dict[str, str]":
     """Return the valid headers. Raise InvalidSetting for what is not a table of strings."""
     import re
 
-    pairs: list[Any] = list(headers.items()) if isinstance(headers, dict) else [(None, None)]
-    if not all(isinstance(text, str) for pair in pairs for text in pair):
-        raise InvalidSetting(f"{source} must be a table of strings")
-    return {name: text for name, text in pairs if re.fullmatch(HEADER, f"{name}\n{text}", re.I)}
+    check_text_table(headers, source)
+    return {k: v for k, v in headers.items() if re.fullmatch(HEADER, f"{k}\n{v}", re.I)}
 
 
 class TelemetryConfig:
@@ -191,6 +196,7 @@ def check_settings(settings: Settings) -> None:
     is_collection = hasattr(names, "__contains__") and not isinstance(names, str)
     if not is_collection or not all(isinstance(name, str) for name in names):
         raise InvalidSetting("commands of the tool must be a collection of names")
+    check_text_table({} if settings.headers is None else settings.headers, "headers of the tool")
     if not isinstance(settings.opt_in, bool):
         raise InvalidSetting("opt_in of the tool must be True or False")
 
@@ -259,7 +265,9 @@ def make_directory(path: str) -> None:
     # A root that is missing, such as a drive without a disk, is its own parent.
     if path != os.path.dirname(path) and not os.path.isdir(path):
         make_directory(os.path.dirname(path))
-        os.mkdir(path, 0o700)
+        failure = catch(os.mkdir, path, 0o700)
+        if failure and not isinstance(failure, FileExistsError):
+            raise failure
         os.chmod(path, 0o700)
 
 
@@ -269,6 +277,7 @@ def write_file(path: str, data: bytes, place: "Callable[[str, str], None]" = os.
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(data)
+        os.chmod(temporary, 0o600)
         place(temporary, path)
     finally:
         # Most often it has its place; on Windows a virus scanner may hold it open.
@@ -418,7 +427,8 @@ class Delivery:
         self.called, self.began = time.time_ns(), time.monotonic()
         self.settings, self.command, self.override = settings, command, override
         self.is_by_hand = False
-        self.directory = self.path = self.url = ""
+        # No file is below the null device, for where there is no home.
+        self.directory, self.path, self.url = os.devnull, "", ""
         self.config = b""
         self.headers: dict[str, str] = {}
         self.timeout = DEFAULT_TIMEOUT_MS / 1000
@@ -446,16 +456,14 @@ class Delivery:
         self.directory = find_directory(self.settings)
         self.path = os.path.realpath(os.path.join(self.directory, "config.toml"))
         try:
-            self.config = read_file(self.path, MAX_CONFIG_BYTES + 1)
+            config = read_file(self.path, MAX_CONFIG_BYTES + 1)
         except FileNotFoundError:
-            self.config = self.run_first(is_dry)
+            config = self.run_first(is_dry)
+        self.config = config
         # Nothing is on without this word, and no key is spelled without one of these.
-        is_off = b"true" not in self.config
-        has_key = (
-            b"endpoint" in self.config.replace(b"# otlp_endpoint", b"") or b"\\" in self.config
-        )
+        has_key = b"endpoint" in config.replace(b"# otlp_endpoint", b"") or b"\\" in config
         has_base = self.override or (self.override is None and (self.settings.endpoint or has_key))
-        if not is_dry and (is_off or not has_base):
+        if not is_dry and not (has_base and b"true" in config):
             raise NotSent("config.toml is off, or there is no endpoint")
 
     def run_first(self, is_dry: bool) -> bytes:
@@ -531,19 +539,15 @@ class OtlpClient:
         self.is_closed = self.has_warned = False
         atexit.register(self.close)
         if sys.platform != "win32" and hasattr(os, "register_at_fork"):
-            release = self.importing.release
-            os.register_at_fork(
-                before=self.hold_imports, after_in_parent=release, after_in_child=release
-            )
+            done = self.importing.release
+            os.register_at_fork(before=self.hold_imports, after_in_parent=done, after_in_child=done)
 
     def start(self, delivery: Delivery) -> None:
         """Start a thread. Raise NotSent, and RuntimeError where threads cannot start."""
         import threading
 
         with self.lock:
-            self.deliveries = [
-                each for each in self.deliveries if each.thread and each.thread.is_alive()
-            ]
+            self.deliveries = [d for d in self.deliveries if d.thread and d.thread.is_alive()]
             if len(self.deliveries) >= MAX_SENDS or not threading.main_thread().is_alive():
                 raise NotSent(f"{MAX_SENDS} sends are under way, or the process is ending")
             thread = threading.Thread(None, self.run, "telemetry", (delivery,), daemon=True)
@@ -565,7 +569,7 @@ class OtlpClient:
         # They belong to the threads of the host.
         if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self.load("re", *["tomllib"] * (delivery.config != NEW_CONFIG))
+        self.load("urllib.parse", *["tomllib"] * (delivery.config != NEW_CONFIG))
         delivery.resolve()
         self.load("json", "hashlib", "socket")
         body = self.encode(delivery, self.identify(delivery.directory))
@@ -689,8 +693,8 @@ def preview(delivery: Delivery) -> str:
     client = get_client()
     body = client.encode(delivery, client.identify(delivery.directory, is_dry=True))
     request = build_request(delivery.url, delivery.headers, body)
-    hidden = {name.capitalize(): "(hidden)" for name in delivery.headers}
-    shown = dict(request.header_items()) | hidden
+    shown = dict(request.header_items())
+    shown |= {name.capitalize(): "(hidden)" for name in delivery.headers}
     lines = [f"{name.title()}: {value}" for name, value in shown.items()]
     return "\n".join([f"POST {request.selector} HTTP/1.1", *lines, "", body.decode()])
 
@@ -758,13 +762,9 @@ def initialize_telemetry(
 
 def get_user_fingerprint() -> str:
     """Return the stored fingerprint, 1 to 64 hex digits, else the one that the next send stores."""
-    # Without a home, the null device: no file is below it.
-    directory = os.devnull
-    try:
-        directory = find_directory(current_settings)
-    except NotSent:
-        pass
-    return get_client().identify(directory, is_dry=True)
+    delivery = Delivery(current_settings, "")
+    catch(delivery.read_config, True)
+    return get_client().identify(delivery.directory, is_dry=True)
 
 
 # The command line: from here on, nothing runs inside a host tool.
@@ -786,7 +786,7 @@ def examine(settings: Settings) -> "tuple[Delivery, dict[str, Any]]":
     delivery.is_by_hand = True
     found = [catch(check_opt_out, settings), catch(delivery.read_config, True)]
     found += [catch(delivery.resolve), catch(__import__, "http.client")]
-    parent = directory = delivery.directory or os.devnull
+    parent = directory = delivery.directory
     while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
     if not os.path.exists(delivery.path) and not os.access(parent, os.W_OK):
@@ -806,7 +806,7 @@ def examine(settings: Settings) -> "tuple[Delivery, dict[str, Any]]":
         "headers": ", ".join(delivery.headers),
         "fingerprint": read_fingerprint(os.path.join(directory, "fingerprint")),
         "back-off": f"{seconds} s more: {make_printable(cause)}" if seconds else "",
-        "config": os.path.join(directory, "config.toml") if delivery.directory else "",
+        "config": os.path.join(directory, "config.toml") if delivery.path else "",
         "change": f"{prog} enable, {prog} disable" if prog else "`enabled` in the config",
         "variables": f"DO_NOT_TRACK=1, {variable}=0, {variable}_DEBUG=1",
         "read more": settings.docs_url,
@@ -945,10 +945,11 @@ def check_response(status: int, location: str, body: bytes) -> "tuple[bool, str]
     """
     import json
 
+    text: Any
     is_success, text, rejected = 200 <= status < 300, body.decode(errors="replace"), 0
     if is_success:
         try:
-            partial = dict(json.loads(text)["partialSuccess"])
+            partial: Any = dict(json.loads(text)["partialSuccess"])
             text, rejected = partial.get("errorMessage"), int(partial.get("rejectedDataPoints", 0))
         except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
             text = ""
@@ -1015,20 +1016,22 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     variable, command = settings.environment, min(settings.commands or ["build"])
     given = {name: getattr(settings, name) for name in vars(Settings) if name[0] != "_"}
-    given |= {"endpoint": f"http://127.0.0.1:{server.server_port}", "opt_in": False}
     others = ("CI", "DO_NOT_TRACK", variable, "PYTHON", "HTTP_PROXY", "http_proxy")
     env = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     paths = sys.path if __package__ else [os.path.dirname(os.path.abspath(__file__)), *sys.path]
     lines, code = [], 0
-    with tempfile.TemporaryDirectory() as home:
-        given |= {"directory": home, "commands": [command]}
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server,
+        tempfile.TemporaryDirectory() as home,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        given |= {"endpoint": f"http://127.0.0.1:{server.server_port}", "directory": home}
+        given |= {"opt_in": False, "commands": [command]}
         program = f"import sys; sys.path[:] = {paths!r}; import {MODULE} as telemetry\n"
         program += f"telemetry.initialize_telemetry(**{given!r})\n"
         program += f"telemetry.track_command_execution({command!r})\n"
@@ -1046,7 +1049,7 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
             if not is_passed:
                 code = 1
                 lines.append(done.stderr.decode(errors="replace").strip()[-80:])
-    server.shutdown()
+        server.shutdown()
     lines.append("Failed." if code else "All passed.")
     return "\n".join(map(make_printable, lines)), code
 
