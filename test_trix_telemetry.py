@@ -2060,3 +2060,616 @@ def test_what_belongs_to_the_host_is_as_it_was(here, config):
     )
     assert is_silent(done), done.stderr
     assert here.commands == ["build"]
+
+
+# Strange places
+
+
+@pytest.mark.parametrize(
+    "flags", [["-I"], ["-S"], ["-I", "-S"], ["-OO"], ["-X", "dev", "-W", "error"], ["-E", "-B"]]
+)
+def test_flags_of_the_interpreter(here, config, flags):
+    config("# edited\n" + NEW_CONFIG)
+    assert is_silent(tool(TRACK, *flags))
+    assert here.commands == ["build"]
+
+
+@posix
+@pytest.mark.parametrize("value", [None, "", "relative", "/dev/null", "/proc"])
+def test_a_home_that_is_none(here, value, home):
+    assert is_silent(tool(env={"HOME": value}, cwd=home))
+    assert is_silent(tool("assert len(trix_telemetry.get_user_fingerprint()) == 64", env={"HOME": value}))
+    assert (here.requests, names(home)) == ([], [])
+
+
+@pytest.fixture
+def locked(home, state):
+    """A home of which nothing can be changed, by us neither."""
+    state.mkdir(parents=True)
+    paths = [state, state.parent, home]
+    parents = [path for path in home.parents if "pytest" in path.name]
+
+    def lock():
+        for path in (*paths, *state.iterdir()):
+            path.chmod(0o555)
+        for path in parents:
+            path.chmod(path.stat().st_mode | 0o055)
+
+    yield lock
+    for path in paths:
+        path.chmod(0o755)
+
+
+NOBODY = f"""
+import os, argparse, importlib.util, tempfile, threading, tomllib, http.server
+{READY}
+if os.geteuid() == 0:  # to whom no permission is denied
+    os.setuid(65534)
+"""
+
+
+@posix
+@pytest.mark.parametrize("text", [None, NEW_CONFIG])
+def test_a_disk_that_cannot_be_written(here, config, locked, state, text):
+    if text:
+        config(text)
+    locked()
+    track_twice = f"{TRACK.strip()} and {TRACK.strip()}.join(); {TRACK}"
+    done = tool(f"{NOBODY}{track_twice}")
+    assert is_silent(done), done.stderr
+    assert (len(here.requests), len(here.users)) == ((2, 1) if text else (0, 0))
+    done = tool(f"{NOBODY}sys.exit(trix_telemetry.main(['status']))")
+    state = "on" if text else "off: "
+    assert done.stdout.startswith(f"Telemetry of trix-cli is {state}")
+    assert text or "is not writable" in done.stdout
+
+
+@posix
+def test_a_config_that_cannot_be_read(here, config, locked):
+    path = config()
+    locked()
+    path.chmod(0)
+    assert is_silent(tool(f"{NOBODY}{TRACK}"))
+    done = tool(f"{NOBODY}sys.exit(trix_telemetry.main(['status']))")
+    assert done.returncode == 0
+    assert "Permission denied" in done.stdout.splitlines()[0]
+    assert here.requests == []
+
+
+@posix
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_full_disk(here, config, state, is_there):
+    if is_there:
+        config()
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    assert is_silent(tool(full + TRACK))
+    assert here.commands == ["build"] * is_there
+    assert not state.exists() or names(state) == ["config.toml"] * is_there
+
+
+@pytest.mark.parametrize(
+    "module", ["tomllib", "urllib", "urllib.request", "threading", "json", "http.client", "hashlib",
+               "socket", "atexit", "stat", "signal", "select", "re"]
+)  # fmt: skip
+def test_a_module_that_is_missing(here, config, module):
+    config("# edited\n" + NEW_CONFIG)
+    done = tool(f"""
+        sys.modules[{module!r}] = None
+        thread = {TRACK}
+        if thread:
+            thread.join()
+        del sys.modules[{module!r}]
+    """)
+    assert is_silent(done), done.stderr
+
+
+def test_without_ssl_plain_http_works(here, config):
+    config()
+    code = f"sys.modules['ssl'] = sys.modules['_ssl'] = None\n{TRACK}"
+    assert is_silent(tool(code))
+    assert here.commands == ["build"]
+    assert is_silent(tool(code, env={"TRIX_TELEMETRY_ENDPOINT": "https://127.0.0.1:1"}))
+
+
+def test_where_threads_cannot_start(here, config):
+    config()
+    code = f"import threading\nthreading.stack_size(1 << 46)\nassert {TRACK.strip()} is None"
+    assert is_silent(tool(code))
+
+
+@posix
+def test_near_the_recursion_limit_nothing_is_raised(config):
+    config(otlp_endpoint="http://127.0.0.1:1", timeout_ms=50)
+    done = tool(f"""
+        raised = []
+        def sink(depth):
+            if depth:
+                return sink(depth - 1)
+            try:
+                {TRACK}
+            except RecursionError as error:
+                return error.__traceback__.tb_next is not None
+        sys.setrecursionlimit(200)
+        for depth in range(100, 190):
+            try:
+                if sink(depth):
+                    raised.append(depth)
+            except RecursionError:
+                break
+        print(raised)
+    """)
+    assert len(json.loads(done.stdout)) <= 3  # with no room for any call of ours
+
+
+def test_a_zipapp(collector, acme, home):
+    archive = home / "acme.pyz"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (home / "lib").rglob("*.py"):
+            file.write(path, path.relative_to(home / "lib"))
+        main = "\nimport sys\nif sys.argv[1:]:\n    sys.exit(usage.main(sys.argv[1:]))\n"
+        file.writestr("__main__.py", VENDORED.format(url=collector.url, more="") + main)
+    done = run([sys.executable, archive])
+    assert (done.returncode, done.stdout, collector.commands) == (0, "", ["build"])
+    done = run([sys.executable, archive, "selftest"])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# The command line: status
+
+
+def test_status_creates_nothing_and_shows_all(here, home, capsys):
+    assert trix_telemetry.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "Telemetry of trix-cli is on",
+        f"  Endpoint     {here.url}/v1/metrics",
+        "  Encrypted    no",
+        "  Fingerprint  none",
+        f"  Config       {home / '.tx3' / 'trix' / 'config.toml'}",
+        "  Change       python -m trix_telemetry enable, python -m trix_telemetry disable",
+        "  Variables    DO_NOT_TRACK=1, TRIX_TELEMETRY=0, TRIX_TELEMETRY_DEBUG=1",
+    ]
+    assert names(home) == []
+
+
+def test_status_as_json(here, config, state, capsys):
+    config('[telemetry]\nenabled = true\n[telemetry.otlp_headers]\nA-B = "secret"\n')
+    (state / "fingerprint").write_text(FINGERPRINT)
+    assert trix_telemetry.main(["status", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["tool"], facts["state"], facts["reason"]) == ("trix-cli", "on", "")
+    assert facts["endpoint"] == f"{here.url}/v1/metrics"
+    assert facts["fingerprint"] == FINGERPRINT
+    assert "secret" not in str(facts)
+
+
+def test_status_names_a_bad_config_behind_another_reason(here, config, capsys, monkeypatch):
+    config("[telemetry]\nenabled = true\ntimeout_ms = 0\n")
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    assert trix_telemetry.main(["status"]) == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "Telemetry of trix-cli is off: DO_NOT_TRACK is set"
+    assert second == "  Invalid      telemetry.timeout_ms must be an integer, 1 to 60000"
+
+
+@pytest.mark.parametrize("url", ["http://collector.example.com", "https://collector.example.com"])
+def test_status_notes_an_endpoint_that_is_not_encrypted(config, capsys, url):
+    config(otlp_endpoint=url)
+    trix_telemetry.main(["status"])
+    assert ("  Encrypted    no\n" in capsys.readouterr().out) == url.startswith("http:")
+
+
+def test_status_of_a_home_on_a_drive_that_is_not_there_ends(here):
+    nowhere = "Q:\\nowhere" if os.name == "nt" else "/nowhere/at/all"
+    for command in ("status", "preview"):
+        done = cli(command, env={"HOME": nowhere, "USERPROFILE": nowhere}, timeout=LONG / 2)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+# The command line: enable and disable
+
+EDITS = [
+    "[telemetry]\nenabled = true\n",
+    "[telemetry]\r\n  enabled=true# yes\r\ntimeout_ms = 5\r\n",
+    "[telemetry]\nenabled = true",
+    "[other]\nenabled = true\n[ telemetry ] # x\nenabled = true\n[third]\nenabled = true\n",
+    "[telemetry.otlp_headers]\na = 'b'\n[telemetry]\n# enabled = false\nenabled\t=\ttrue\n",
+    "s = '''\n[telemetry]\n'''\n[telemetry]\nenabled = true # enabled = true\n",
+    "[[list]]\nenabled = true\n[[list]]\nenabled = true\n[telemetry]\nenabled = true\n",
+    "x = nan\ny = inf\nz = 1979-05-27\n[telemetry]\nenabled = true\nnot_enabled = true\n",
+    "# \u00fc\u00a0\n" + "".join(f"[t{n}]\nenabled = true\n" for n in range(3000)) + "[telemetry]\nenabled = true\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EDITS)
+def test_disable_changes_the_one_value_and_enable_gives_the_first_bytes_back(config, text):
+    path = config(text)
+    assert trix_telemetry.main(["disable"]) == 0
+    once = path.read_bytes().decode()
+    assert len(once) == len(text) + 1
+    assert tomllib.loads(once)["telemetry"]["enabled"] is False
+    assert trix_telemetry.main(["enable"]) == 0
+    assert path.read_bytes().decode() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("", "\n[telemetry]\nenabled = false\n"),
+        ("a = 1", "a = 1\n\n[telemetry]\nenabled = false\n"),
+        ("# only words\r\n", "# only words\r\n\r\n[telemetry]\r\nenabled = false\r\n"),
+        ("[telemetry]", "[telemetry]\nenabled = false\n"),
+        ("[telemetry] # x\nenable = 1\n", "[telemetry] # x\nenabled = false\nenable = 1\n"),
+        (
+            "[telemetry.otlp_headers]\nA = 'b'\n",
+            "[telemetry.otlp_headers]\nA = 'b'\n\n[telemetry]\nenabled = false\n",
+        ),
+    ],
+)
+def test_disable_adds_the_key_where_it_is_missing(config, text, after):
+    path = config(text)
+    assert trix_telemetry.main(["off"]) == 0
+    assert path.read_bytes().decode() == after
+    assert trix_telemetry.main(["on"]) == 0
+    assert path.read_bytes().decode() == after.replace("false", "true")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "telemetry.enabled = true\n",
+        "telemetry = { enabled = true }\n",
+        '[telemetry]\n"enabled" = true\n',
+        '[telemetry]\nnote = """\nenabled = true\n"""\nenabled = true\n',
+    ],
+)
+def test_what_is_too_unusual_is_refused_with_what_to_write(config, capsys, text):
+    path = config(text)
+    assert trix_telemetry.main(["disable"]) == 1
+    err = capsys.readouterr().err
+    assert "write enabled = false below [telemetry]; nothing was changed\n" in err
+    assert err.count("\n") == 1
+    assert path.read_text() == text
+
+
+def test_generated_documents_are_edited_exactly_or_refused(config, capsys):
+    keys = ["enabled", '"enabled"', "telemetry.enabled", '"\\u0065nabled"', "other"]
+    values = ["true", "false", "1", '"true"', "nan", "[true, [false]]", "{ enabled = true }"]
+    values += ['"""\nenabled = true\n"""', "'''enabled = false'''", "1979-05-27 07:32:00", '"a#b"']
+    headers = ["[telemetry]", "[other]", "[[list]]", "[ telemetry . deep ]", '["telemetry"]']
+    edited = 0
+    for seed in range(500):
+        dice = random.Random(seed)
+        lines = []
+        for number in range(dice.randint(1, 7)):
+            kind = dice.random()
+            if kind < 0.3:
+                lines.append(dice.choice(["", "  "]) + dice.choice(headers))
+            elif kind < 0.7:
+                space = dice.choice(["", " ", "\t"])
+                lines.append(f"{dice.choice(keys)}{space}={space}{dice.choice(values)}")
+            else:
+                lines.append(dice.choice([f"k{number} = 1", "# enabled = true", ""]))
+        text = dice.choice(["\n", "\r\n"]).join(lines) + dice.choice(["", "\n"])
+        path = config(text)
+        first = path.read_bytes()
+        code = trix_telemetry.main(["disable"])
+        out, err = capsys.readouterr()
+        if path.read_bytes() == first:
+            assert code == 0 or re.fullmatch("trix-cli: error: .*; nothing was changed\n", err), err
+            continue
+        before = tomllib.loads(text)
+        table = before.get("telemetry", {})
+        wanted = repr(sort_keys({**before, "telemetry": {**table, "enabled": False}}))
+        assert repr(sort_keys(tomllib.loads(path.read_bytes().decode()))) == wanted, text
+        edited += 1
+        if "enabled" in table:
+            assert trix_telemetry.main(["enable"]) == 0
+            assert path.read_bytes() == first
+            capsys.readouterr()
+    assert edited > 60
+
+
+def sort_keys(value):
+    if isinstance(value, dict):
+        return sorted((key, sort_keys(each)) for key, each in value.items())
+    return [sort_keys(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(("text", "says"), BAD_CONFIGS)
+def test_a_bad_config_is_switched_off_or_said_to_be_off(config, capsys, text, says):
+    path = config(text)
+    before = path.read_bytes()
+    assert trix_telemetry.main(["disable"]) == 0
+    out = capsys.readouterr().out
+    if path.read_bytes() == before:
+        assert out.startswith("Telemetry is off already, but ")
+        assert says in out
+        assert trix_telemetry.main(["enable"]) == 1
+        assert re.fullmatch("trix-cli: error: .*; nothing was changed\n", capsys.readouterr().err)
+        assert path.read_bytes() == before
+    else:
+        assert tomllib.loads(path.read_text())["telemetry"]["enabled"] is False
+        assert trix_telemetry.main(["enable"]) == 0
+        assert f"It stays off: {says}" in capsys.readouterr().out
+        assert path.read_bytes() == before
+    assert names(path.parent) == ["config.toml"]
+
+
+@pytest.mark.parametrize("command", ["enable", "disable", "on", "off"])
+def test_a_config_is_made_where_there_is_none(here, state, capfd, command):
+    assert trix_telemetry.main([command]) == 0
+    word = "enabled" if command in ("enable", "on") else "disabled"
+    assert capfd.readouterr().out == f"Telemetry {word} (saved in {state / 'config.toml'})\n"
+    value = "true" if word == "enabled" else "false"
+    assert (state / "config.toml").read_text() == NEW_CONFIG.replace("true", value)
+    track()
+    assert (len(here.requests), capfd.readouterr().err) == (word == "enabled", "")
+
+
+def test_enable_says_what_still_decides(here, config, capsys, monkeypatch):
+    config("[telemetry]\nenabled = false\n")
+    monkeypatch.setenv("TRIX_TELEMETRY", "off")
+    trix_telemetry.main(["enable"])
+    assert "It stays off: TRIX_TELEMETRY is set" in capsys.readouterr().out
+
+
+@posix
+def test_an_edit_follows_a_link_and_keeps_mode_and_owner(home, state):
+    target = home / "dotfiles.toml"
+    target.write_text("[telemetry]\nenabled = true\n")
+    target.chmod(0o644)
+    if os.geteuid() == 0:
+        os.chown(target, 65534, 65534)
+    before = target.stat()
+    state.mkdir(parents=True)
+    (state / "config.toml").symlink_to(target)
+    trix_telemetry.main(["disable"])
+    after = target.stat()
+    assert (state / "config.toml").is_symlink()
+    assert target.read_text() == "[telemetry]\nenabled = false\n"
+    assert (after.st_mode, after.st_uid) == (before.st_mode, before.st_uid)
+
+
+def test_a_config_that_is_read_only_is_named_and_leaves_no_litter(config, state):
+    path = config("[telemetry]\nenabled = true\n")
+    path.chmod(0o444)
+    code = "" if os.name == "nt" else NOBODY
+    if code:
+        for each in (state.parent.parent, state.parent, state):
+            each.chmod(0o777)
+        for parent in [each for each in state.parents if "pytest" in each.name]:
+            parent.chmod(parent.stat().st_mode | 0o055)
+    done = tool(f"{code}sys.exit(trix_telemetry.main(['disable']))")
+    assert (done.returncode, names(state)) == (1, ["config.toml"])
+    assert "the file is read-only; nothing was changed" in done.stderr
+
+
+def test_edits_while_tools_run(here, config):
+    config()
+    loop = "while not os.path.exists('stop'):\n    " + TRACK
+    code = script(f"import os\n{loop}")
+    home = pathlib.Path(os.environ["HOME"])
+    reader = subprocess.Popen([sys.executable, "-c", code], cwd=home)
+    for command in ["disable", "enable"] * 10:
+        assert trix_telemetry.main([command]) == 0
+    (home / "stop").touch()
+    assert reader.wait(LONG) == 0
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(config):
+    wanted = {"[telemetry]\nenabled = true\n", "[telemetry]\nenabled = false\n"}
+    path = config("[telemetry]\nenabled = true\n")
+    code = "print('ready', flush=True)\nwhile True:\n    trix_telemetry.main(['disable']); trix_telemetry.main(['enable'])"
+    for delay in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script(code)], stdout=subprocess.PIPE, text=True
+        )
+        while process.stdout.readline() != "ready\n":
+            pass
+        time.sleep(0.1 + delay * 0.0007)
+        process.kill()
+        process.communicate()
+        assert path.read_text() in wanted
+
+
+# The command line: preview, track, reset, selftest and the rest
+
+
+def test_preview_is_what_track_sends(here, config, state, capsys):
+    config('[telemetry]\nenabled = true\n[telemetry.otlp_headers]\nX-Key = "secret"\n')
+    (state / "fingerprint").write_text(FINGERPRINT)
+    assert trix_telemetry.main(["preview", "test"]) == 0
+    out, err = capsys.readouterr()
+    head, _, body = out.partition("\n\n")
+    assert (here.requests, err) == ([], "")
+    track("test")
+    ((line, headers, sent),) = here.requests
+    shown = [tuple(row.split(": ", 1)) for row in head.splitlines()[1:]]
+    assert head.splitlines()[0] == line
+    assert shown == list({**headers, "X-Key": "(hidden)"}.items())
+    times = r'UnixNano":"\d{19}'
+    assert re.sub(times, "", body.rstrip("\n")) == re.sub(times, "", sent.decode())
+
+
+def test_preview_creates_nothing_and_works_when_off(home, capsys, monkeypatch):
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    assert trix_telemetry.main(["preview"]) == 0
+    out, err = capsys.readouterr()
+    assert Point(out.partition("\n\n")[2]).command == "build"
+    assert "This is not sent. Telemetry is off: DO_NOT_TRACK is set\n" in err
+    assert names(home) == []
+
+
+def test_track_says_what_came_of_it(here, config):
+    config()
+    done = cli("track", "build")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"Sent to {here.url}/v1/metrics in \d+ ms: HTTP 200\n", done.stdout)
+    done = cli("track", "build", "--endpoint", f"{here.url}/x")
+    assert (done.returncode, here.requests[1][0].split()[1]) == (0, "/x/v1/metrics")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "says"),
+    [
+        ({"rejectedDataPoints": 1, "errorMessage": "too old"}, 1, "1 data point rejected: too old"),
+        ({"rejectedDataPoints": "1", "errorMessage": "too\nold"}, 1, "1 data point rejected: too?old"),
+        ({"rejectedDataPoints": "0", "errorMessage": "a warning"}, 0, "HTTP 200: a warning"),
+        ({"rejectedDataPoints": "1", "errorMessage": "x" * 3000}, 1, "1 data point rejected: xxx"),
+        ({"rejectedDataPoints": 10**300}, 1, "data point rejected"),
+        ({"rejectedDataPoints": "-1"}, 0, "HTTP 200\n"),
+        ({"rejectedDataPoints": "many"}, 0, "HTTP 200\n"),
+        ({"rejectedDataPoints": float("inf")}, 0, "HTTP 200\n"),
+        ({"errorMessage": ["odd"]}, 0, "HTTP 200"),
+        (None, 0, "HTTP 200\n"),
+        ([], 0, "HTTP 200\n"),
+    ],
+)
+def test_track_tells_rejected_points_apart(here, config, answer, code, says):
+    config()
+    here.answer = (200, {}, json.dumps({"partialSuccess": answer}).encode())
+    done = cli("track", "build")
+    told = done.stdout + done.stderr
+    assert (done.returncode, told.count("\n")) == (code, 1)
+    assert says in told
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b"{", b"null", b"\xff\x00", b"[" * 4000, b"1" * 4000])
+def test_any_other_answer_of_2xx_is_a_success(here, config, answer):
+    config()
+    for status in (200, 202, 204):
+        here.answer = (status, {}, b"" if status == 204 else answer)
+        assert cli("track", "build").returncode == 0
+
+
+def test_track_that_fails_says_so_in_the_librarys_words(hostile, here, config):
+    config(timeout_ms=1000)
+    here.answer = (404, {}, b"no such path\x1b[2J")
+    done = cli("track", "build")
+    assert (done.returncode, done.stdout) == (1, "")
+    wanted = r"trix-cli: error: http://.*/v1/metrics after \d+ ms: HTTP 404: no such path\?\[2J\n"
+    assert re.fullmatch(wanted, done.stderr)
+    done = cli("track", "build", "--endpoint", "http://127.0.0.1:1")
+    assert "refused" in done.stderr
+    done = cli("track", "build", "--endpoint", hostile(silence).url)
+    assert (done.returncode, "timed out" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["track", "../x"], 1),
+        (["track", "a", "--endpoint", "ftp://me:secret@h"], 1),
+        (["track", "a", "--endpoint", ""], 1),
+        (["preview", "a b"], 1),
+        (["nonsense"], 2),
+        (["track"], 2),
+        (["status", "--yaml"], 2),
+        (["status", "a\nb\x1b[31m"], 2),
+    ],
+)
+def test_a_wrong_call_is_one_line(here, arguments, code):
+    done = cli(*arguments)
+    assert (done.returncode, done.stdout, here.requests) == (code, "", [])
+    assert re.fullmatch("trix-cli: error: [^\n\x1b]*\n", done.stderr)
+    assert "secret" not in done.stderr
+
+
+def test_reset_deletes_the_fingerprint(here, home, capsys):
+    assert trix_telemetry.main(["reset"]) == 0
+    assert (capsys.readouterr().out, names(home)) == ("No fingerprint stored.\n", [])
+    track()
+    capsys.readouterr()
+    assert trix_telemetry.main(["reset"]) == 0
+    assert capsys.readouterr().out == "Fingerprint deleted; the next command makes a new one.\n"
+    track()
+    assert len(here.users) == 2
+
+
+def test_version_and_help(capsys):
+    assert trix_telemetry.main(["--version"]) == 0
+    assert capsys.readouterr().out == "telemetry 2.0.0\n"
+    assert trix_telemetry.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m trix_telemetry [-h] [--version] COMMAND ...\n")
+    assert max(map(len, out.splitlines())) <= 80
+    for name in ("status", "enable", "disable", "preview", "track", "reset", "selftest"):
+        assert trix_telemetry.main([name, "--help"]) == 0
+
+
+def test_no_command_is_counted_itself_and_debug_is_not_heeded(here, config):
+    config()
+    for command in ("status", "enable", "preview", "reset"):
+        cli(command, env={"TRIX_TELEMETRY_DEBUG": "1"})
+    assert here.requests == []
+    assert cli("track", "build", env={"TRIX_TELEMETRY_DEBUG": "1"}).returncode == 0
+    assert here.commands == ["build"]
+
+
+@posix
+@pytest.mark.parametrize("arguments", [["status"], ["preview"], ["--help"], ["track", "build"]])
+@pytest.mark.parametrize("code", ["", "print('of the tool')\n"])
+def test_a_reader_that_is_gone_is_no_traceback(here, arguments, code):
+    read, write = os.pipe()
+    os.close(read)
+    text = f"{code}sys.exit(trix_telemetry.main({arguments!r}))"
+    done = tool(text, env={"CI": "1"}, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.stderr.replace("This is not sent. Telemetry is off: ", "").count("\n") <= 2
+    assert "Error" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@posix
+def test_a_full_disk_and_closed_streams_are_no_traceback(here):
+    with open("/dev/full", "w") as full:
+        done = tool("print('x'); sys.exit(trix_telemetry.main(['status']))", stdout=full, stderr=-1)
+    assert done.returncode == 1
+    assert re.fullmatch("trix-cli: error: .*No space left on device\n", done.stderr)
+    for redirect in CLOSE:
+        for arguments in ("status", "disable", "--help", "track build", "nonsense"):
+            line = f"exec {sys.executable} {MODULE} {arguments} {redirect.format('')}"
+            done = run(["sh", "-c", line])
+            assert "Traceback" not in done.stderr
+            assert done.returncode == (2 if arguments == "nonsense" else 0)
+    done = tool("sys.stdout.close(); sys.exit(trix_telemetry.main(['status']))")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437"])
+def test_the_stdout_of_the_host_keeps_its_error_handler(here, encoding):
+    code = "trix_telemetry.main(['status']); print(sys.stdout.errors, sys.stdout.encoding)"
+    given = f"service_name='\u0416', service_version='1', endpoint={here.url!r}"
+    code = f"trix_telemetry.initialize_telemetry({given})\n{code}"
+    done = tool(code, "-X", "utf8=0", env={"PYTHONIOENCODING": encoding})
+    assert done.stdout.startswith("Telemetry of \\u0416 is on\n")
+    assert done.stdout.splitlines()[-1].startswith("strict ")
+
+
+@pytest.mark.parametrize("flags", [[], ["-I"], ["-OO"], ["-S"]])
+def test_selftest_passes_where_everything_speaks_against_it(home, flags):
+    home.chmod(0o555)
+    env = {"DO_NOT_TRACK": "1", "http_proxy": "http://127.0.0.1:1", "TRIX_TELEMETRY": "0", "CI": "true"}
+    done = run([sys.executable, *flags, MODULE, "selftest"], env=env, cwd=home)
+    home.chmod(0o755)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.splitlines()[-1] == "All passed."
+    assert names(home) == []
+
+
+def test_selftest_passes_with_any_settings(acme):
+    more = ", prog='acme telemetry', commands=['x'], opt_in=True, docs_url='http://d', headers={'A': 'b'}"
+    done = acme("http://127.0.0.1:9", more, "sys.exit(usage.main(['selftest']))", env={"CI": "1"})
+    assert done.stdout.splitlines()[-1] == "All passed."
+
+
+def test_selftest_fails_when_something_is_broken(home):
+    (home / "broken.py").write_text(SOURCE.replace('"asInt": "1"', '"asInt": 1 / 0'))
+    (home / "my.tool.py").write_text(SOURCE)
+    for name in ("broken.py", "my.tool.py"):
+        done = run([sys.executable, home / name, "selftest"])
+        assert (done.returncode, done.stderr) == (1, "")
+        assert "FAILED  the first run" in done.stdout
+        assert done.stdout.endswith("Failed.\n")

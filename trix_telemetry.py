@@ -11,7 +11,6 @@ Never sent: arguments, paths, file contents, environment variables, user or host
 Turn it off: DO_NOT_TRACK=1, TRIX_TELEMETRY=0, or `python -m trix_telemetry disable`.
 Vendor it: copy this file under any name. Then call initialize_telemetry(), or edit the values of
 `Settings`, and nothing else. What runs inside a tool ends where the command line begins.
-
 Imports stand where they are used, so that a tool whose telemetry is off imports nothing.
 """
 
@@ -67,20 +66,17 @@ timeout_ms = 2000
 """
 DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS = 2000, 60_000
 MAX_CONFIG_BYTES = 1 << 20
-MAX_SENDS = 4
-BACKOFF_SECONDS = 600
+MAX_SENDS, BACKOFF_SECONDS = 4, 600
 # OTLP metrics data model, "Resets and Gaps"; stores that keep milliseconds need a whole one.
 MIN_INTERVAL_NS = 1_000_000
 # How often the exit looks at a send. Later than this the host is busy; Windows counts 16 ms ticks.
 POLL_SECONDS, LATE_SECONDS = 0.02, 0.035
 # A response that is not read at all resets the connection of the collector.
-MAX_RESPONSE_BYTES = 4096
+MAX_BODY = 4096
 NO = ("", "0", "false", "no", "off")
 YES = ("", "1", "true", "yes", "on")
 # RFC 3986: scheme, host or IPv6 address, port, path; neither user info, query nor fragment.
-BASE_URL = (
-    r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(/[a-z0-9._~!$&'()*+,;=:@%/-]*)?"
-)
+BASE_URL = r"(https?)://([\w.-]+|\[[\da-f:.]+\])(?::(\d{1,5}))?(/[\w.~!$&'()*+,;=:@%/-]*)?"
 # RFC 9110, section 5: name and value, a line each; without those that the request needs.
 HEADER = (
     r"(?!(?:user-agent|content-type|content-length|host|connection|transfer-encoding)\n)"
@@ -101,7 +97,6 @@ def check_command(name: object, commands: "Collection[str] | None") -> None:
     text = name if isinstance(name, str) else ""
     letters = text.replace("-", "").replace("_", "")
     if len(text) > 64 or not (text.isascii() and text[:1].isalpha() and letters.isalnum()):
-        # It may be a secret and is not shown.
         raise NotSent("a command name is a letter and up to 63 letters, digits, - or _")
     if commands is not None and text not in commands:
         raise NotSent(f"{text} is not among the tool's commands")
@@ -152,12 +147,11 @@ class TelemetryConfig:
         self.otlp_endpoint: str | None = table.get("otlp_endpoint")
         if table.get("otlp_endpoint", "") != "":
             parse_endpoint(self.otlp_endpoint, "telemetry.otlp_endpoint")
-        headers = table.get("otlp_headers", {})
-        self.otlp_headers = select_headers(headers, "telemetry.otlp_headers")
+        self.otlp_headers = select_headers(table.get("otlp_headers", {}), "telemetry.otlp_headers")
 
 
 class CommandMetric:
-    """One run of a command: a data point of a cumulative sum, with its interval in Unix nanoseconds.
+    """One run of a command: a data point of a cumulative sum, its times in Unix nanoseconds.
 
     Each point is a true reset: OpenTelemetry metrics data model, "Resets and Gaps".
     """
@@ -216,9 +210,13 @@ def check_opt_out(settings: Settings) -> None:
 
 
 def write_stderr(text: str) -> None:
-    """Write at once. Raise OSError, also for a pipe that is full or has no reader."""
-    # The buffer of the stream would keep the text after a failed write.
-    descriptor = sys.stderr.fileno()
+    """Write past the buffer. Raise OSError, also for a pipe that is full or has no reader."""
+    try:
+        descriptor = sys.stderr.fileno()
+    except (OSError, ValueError):
+        # A stream in memory, as of a test or a notebook.
+        sys.stderr.write(f"{text}\n")
+        return
     if sys.platform != "win32":
         import select
 
@@ -407,13 +405,12 @@ def post(request: "urllib.request.Request", delivery: "Delivery") -> "tuple[int,
             opener.add_handler(urllib.request.HTTPSHandler(debuglevel=0, context=context))
         try:
             with opener.open(request, timeout=max(delivery.remaining(), 0.001)) as response:
-                location = response.headers.get("Location", "")
-                return response.status, location, response.read1(MAX_RESPONSE_BYTES)
+                return response.status, response.getheader("Location", ""), response.read1(MAX_BODY)
         except urllib.error.URLError as error:
+            # Only a certificate that is not verified has this: the bundle may know its authority.
+            if not hasattr(error.reason, "verify_message"):
+                raise
             failure = error
-        # Only a certificate that is not verified has this: the bundle may know its authority.
-        if not hasattr(failure.reason, "verify_message"):
-            break
     raise failure
 
 
@@ -426,7 +423,7 @@ class Delivery:
     def __init__(self, settings: Settings, command: str, override: "str | None" = None) -> None:
         self.called, self.began = time.time_ns(), time.monotonic()
         self.settings, self.command, self.override = settings, command, override
-        self.is_by_hand = False
+        self.is_by_hand = self.is_connecting = False
         # No file is below the null device, for where there is no home.
         self.directory, self.path, self.url = os.devnull, "", ""
         self.config = b""
@@ -434,7 +431,6 @@ class Delivery:
         self.timeout = DEFAULT_TIMEOUT_MS / 1000
         self.table: TelemetryConfig | None = None
         self.thread: threading.Thread | None = None
-        self.is_connecting = False
         self.response: tuple[int, str, bytes] | None = None
         self.error: Exception | None = None
 
@@ -475,8 +471,8 @@ class Delivery:
         if os.environ.get("CI", "").lower() not in NO:
             raise NotSent(f"CI is set, and {self.path} does not exist")
         self.choose_endpoint(TelemetryConfig({}))
+        # A distribution's minimal package of Python may lack one.
         for name in ("http", "json", "tomllib", "urllib"):
-            # A distribution's minimal package of Python may lack it.
             if find_spec(name) is None:
                 raise NotSent(f"this Python has no module {name}")
         if is_dry:
@@ -614,14 +610,14 @@ class OtlpClient:
             return stored
         with self.lock:
             self.fingerprint = fingerprint = self.fingerprint or make_fingerprint()
-            if not is_dry:
-                # What is there and is none, unless another process has replaced it meanwhile.
-                if os.path.lexists(path) and not read_fingerprint(path):
-                    catch(os.unlink, path)
-                catch(write_file, path, fingerprint.encode(), link_file)
-                stored = read_fingerprint(path)
-            if stored:
-                self.fingerprint = ""
+            if is_dry:
+                return fingerprint
+            # What is there and is none, unless another process has replaced it meanwhile.
+            if os.path.lexists(path) and not read_fingerprint(path):
+                catch(os.unlink, path)
+            catch(write_file, path, fingerprint.encode(), link_file)
+            stored = read_fingerprint(path)
+            self.fingerprint = "" if stored else fingerprint
             return stored or fingerprint
 
     def warn(self, error: "Exception | None") -> None:
@@ -675,7 +671,7 @@ class OtlpClient:
         import signal
 
         with self.importing:
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 clients: "dict[int, OtlpClient]" = {}
@@ -803,7 +799,6 @@ def examine(settings: Settings) -> "tuple[Delivery, dict[str, Any]]":
         "invalid": "; ".join(sorted(invalid)),
         "endpoint": delivery.url,
         "encrypted": "no" if delivery.url.startswith("http:") else "",
-        "headers": ", ".join(delivery.headers),
         "fingerprint": read_fingerprint(os.path.join(directory, "fingerprint")),
         "back-off": f"{seconds} s more: {make_printable(cause)}" if seconds else "",
         "config": os.path.join(directory, "config.toml") if delivery.path else "",
@@ -823,55 +818,44 @@ def run_status(settings: Settings, options: "argparse.Namespace") -> "tuple[str,
     code = 1 if facts["invalid"] else 0
     if options.json:
         return json.dumps(facts, indent=2), code
-    title = f"Telemetry of {facts.pop('tool')} is {facts.pop('state')}"
-    reason = facts.pop("reason")
-    lines = [f"{title}: {reason}" if reason else title]
-    for label, text in facts.items():
-        if (text or label in ("endpoint", "fingerprint")) and text != reason:
+    tool, state, reason, *rest = facts.items()
+    lines = [f"Telemetry of {tool[1]} is {state[1]}{f': {reason[1]}' if reason[1] else ''}"]
+    for label, text in rest:
+        if label in ("endpoint", "fingerprint") or text not in ("", reason[1]):
             lines.append(f"  {label.capitalize():<13}{text or 'none'}")
     return "\n".join(lines), code
 
 
-def list_edits(text: str, has_key: bool, value: str) -> "Iterator[str]":
-    """Yield texts of which one should have `enabled` set: in its line, or in a line more."""
+def list_edits(text: str, value: str) -> "Iterator[str]":
+    """Yield texts of which one may have `enabled` set and nothing else changed."""
     import re
 
     newline = "\r\n" if "\r\n" in text else "\n"
-    for header in re.finditer(r"(?m)^[ \t]*\[[ \t]*telemetry[ \t]*\].*\n?", text):
-        end = header.end()
-        line = re.compile(r"(?m)^([ \t]*enabled[ \t]*=[ \t]*)(true|false)").search(text, end)
-        if has_key and line:
-            yield text[: line.end(1)] + value + text[line.end() :]
-        elif not has_key:
-            gap = "" if header[0].endswith("\n") else newline
-            yield f"{text[:end]}{gap}enabled = {value}{newline}{text[end:]}"
-    if not has_key:
-        gap = "" if text.endswith("\n") or not text else newline
-        yield f"{text}{gap}{newline}[telemetry]{newline}enabled = {value}{newline}"
+    line = f"enabled = {value}{newline}"
+    for header in re.finditer(r"(?m)^[ \t]*\[[ \t]*telemetry[ \t]*\].*(\n|\Z)", text):
+        before, after = text[: header.end()], text[header.end() :]
+        yield before + re.sub(
+            r"(?m)^(\s*enabled\s*=\s*)(true|false)", rf"\g<1>{value}", after, count=1
+        )
+        yield f"{before}{'' if header[1] else newline}{line}{after}"
+    gap = "" if text.endswith("\n") or not text else newline
+    yield f"{text}{gap}{newline}[telemetry]{newline}{line}"
 
 
 def edit_config(config: bytes, enabled: bool) -> bytes:
-    """Return config with `enabled` set, every other byte kept. Raise InvalidSetting, CommandError.
-
-    A parser judges each edit: no other value may change.
-    """
+    """Return config with `enabled` set and every other byte kept. Raise what says why not."""
     # Floats as text, for nan is not equal to itself.
     before = parse_toml(config, str)
     table = before.get("telemetry", {})
-    if not isinstance(table, dict):
-        raise InvalidSetting("telemetry must be a table")
-    if not isinstance(table.get("enabled", True), bool):
-        raise InvalidSetting("telemetry.enabled must be true or false")
+    TelemetryConfig({"enabled": table.get("enabled", True)} if isinstance(table, dict) else table)
     if table.get("enabled") is enabled:
         return config
     value = str(enabled).lower()
     wanted = {**before, "telemetry": {**table, "enabled": enabled}}
-    for text in list_edits(config.decode(), "enabled" in table, value):
-        try:
-            if parse_toml(text.encode(), str) == wanted:
-                return text.encode()
-        except InvalidSetting:
-            continue
+    for text in list_edits(config.decode(), value):
+        edited = text.encode()
+        if not catch(parse_toml, edited) and parse_toml(edited, str) == wanted:
+            return edited
     raise CommandError(f"the text is too unusual: write enabled = {value} below [telemetry]")
 
 
@@ -891,14 +875,10 @@ def place_edited(temporary: str, path: str) -> None:
 
 def switch(path: str, enabled: bool) -> None:
     """Set `enabled` in config.toml. Raise CommandError, InvalidSetting, OSError."""
-    value = str(enabled).lower().encode()
     if not os.path.exists(path):
         make_directory(os.path.dirname(path))
-        failure = catch(write_file, path, NEW_CONFIG.replace(b"true", value), link_file)
-        if not failure:
-            return
-        if not isinstance(failure, FileExistsError):
-            raise failure
+        write_file(path, NEW_CONFIG.replace(b"true", str(enabled).lower().encode()))
+        return
     config = read_file(path, MAX_CONFIG_BYTES + 1)
     edited = edit_config(config, enabled)
     if edited != config:
@@ -921,9 +901,9 @@ def run_switch(settings: Settings, options: "argparse.Namespace") -> "tuple[str,
     if not options.enabled:
         return f"Telemetry disabled (saved in {path})", 0
     catch(os.unlink, os.path.join(directory, "backoff"))
-    text = f"Telemetry enabled (saved in {path})"
     reason = examine(settings)[1]["reason"]
-    return f"{text}\nIt stays off: {reason}" if reason else text, 0
+    more = f"\nIt stays off: {reason}" if reason else ""
+    return f"Telemetry enabled (saved in {path}){more}", 0
 
 
 def run_preview(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
@@ -933,20 +913,15 @@ def run_preview(settings: Settings, options: "argparse.Namespace") -> "tuple[str
     delivery.url = delivery.url or "http://no-endpoint.invalid/v1/metrics"
     if facts["reason"]:
         catch(print, f"This is not sent. Telemetry is off: {facts['reason']}", file=sys.stderr)
-    if not facts["fingerprint"]:
-        catch(print, "No fingerprint stored; the next command makes one.", file=sys.stderr)
     return preview(delivery), 0
 
 
 def check_response(status: int, location: str, body: bytes) -> "tuple[bool, str]":
-    """Return whether the collector has accepted the point, and what it says.
-
-    OTLP specification, "OTLP/HTTP Response": 2xx is a success, but for rejected points.
-    """
+    """Return whether the point is accepted (OTLP/HTTP response, partial success), and the words."""
     import json
 
-    text: Any
-    is_success, text, rejected = 200 <= status < 300, body.decode(errors="replace"), 0
+    is_success, rejected = 200 <= status < 300, 0
+    text: Any = body.decode(errors="replace")
     if is_success:
         try:
             partial: Any = dict(json.loads(text)["partialSuccess"])
@@ -956,7 +931,7 @@ def check_response(status: int, location: str, body: bytes) -> "tuple[bool, str]
     elif location:
         text = f"it redirects to {location}, which is not followed"
     if rejected > 0:
-        text = f"{str(rejected)[:20]} data point rejected: {text}"
+        text = f"{str(rejected)[:20]} data point rejected: {text or 'no reason given'}"
     text = f"HTTP {status}: {make_printable(text or '')[:200]}".removesuffix(": ")
     return is_success and rejected <= 0, text
 
@@ -974,16 +949,15 @@ def run_track(settings: Settings, options: "argparse.Namespace") -> "tuple[str, 
     while delivery.thread and delivery.thread.is_alive() and delivery.remaining() > 0:
         delivery.thread.join(POLL_SECONDS)
     elapsed = f"{(time.monotonic() - delivery.began) * 1000:.0f} ms"
-    error: Any = failure or delivery.error
+    error: Any = failure or delivery.error or TimeoutError("timed out")
     if failure or isinstance(error, NotSent):
         return f"Not sent. Telemetry is off: {error}", 0
-    if isinstance(error, URLError):
-        error = error.reason
+    error = error.reason if isinstance(error, URLError) else error
     # The text of another error may show the password of a proxy.
     text = str(error) if isinstance(error, (OSError, str)) else type(error).__name__
     is_accepted = False
-    if not error:
-        is_accepted, text = check_response(*(delivery.response or (0, "", b"")))
+    if delivery.response:
+        is_accepted, text = check_response(*delivery.response)
     if not is_accepted:
         raise CommandError(f"{delivery.url} after {elapsed}: {text}")
     catch(os.unlink, os.path.join(delivery.directory, "backoff"))
@@ -999,16 +973,10 @@ def run_reset(settings: Settings, options: "argparse.Namespace") -> "tuple[str, 
     return "Fingerprint deleted; the next command makes a new one.", 0
 
 
-def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
-    import subprocess
-    import tempfile
+def start_collector(received: "list[bytes]") -> "Any":
+    """Start a collector on loopback that appends each body to received."""
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    check_settings(settings)
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise CommandError("selftest starts Python, and this program brings none")
-    received: list[bytes] = []
 
     class Collector(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -1019,18 +987,26 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    variable, command = settings.environment, min(settings.commands or ["build"])
-    given = {name: getattr(settings, name) for name in vars(Settings) if name[0] != "_"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
+    import subprocess
+    import tempfile
+
+    check_settings(settings)
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise CommandError("selftest starts Python, and this program brings none")
+    received: list[bytes] = []
+    variable, command, lines = settings.environment, min(settings.commands or ["build"]), []
     others = ("CI", "DO_NOT_TRACK", variable, "PYTHON", "HTTP_PROXY", "http_proxy")
     env = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     paths = sys.path if __package__ else [os.path.dirname(os.path.abspath(__file__)), *sys.path]
-    lines, code = [], 0
-    with (
-        ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server,
-        tempfile.TemporaryDirectory() as home,
-    ):
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        given |= {"endpoint": f"http://127.0.0.1:{server.server_port}", "directory": home}
+    given = {name: getattr(settings, name) for name in vars(Settings) if name[0] != "_"}
+    with start_collector(received) as server, tempfile.TemporaryDirectory() as directory:
+        given |= {"endpoint": f"http://127.0.0.1:{server.server_port}", "directory": directory}
         given |= {"opt_in": False, "commands": [command]}
         program = f"import sys; sys.path[:] = {paths!r}; import {MODULE} as telemetry\n"
         program += f"telemetry.initialize_telemetry(**{given!r})\n"
@@ -1045,11 +1021,10 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
             done = subprocess.run(call, env=env | variables, input=b"", capture_output=True)
             found = (done.returncode, done.stdout, bool(done.stderr), len(received))
             is_passed = found == (0, b"", count == 1, count)
-            lines.append(f"{'ok' if is_passed else 'FAILED'}  {text}")
-            if not is_passed:
-                code = 1
-                lines.append(done.stderr.decode(errors="replace").strip()[-80:])
+            words = f"FAILED  {text}: {done.stderr.decode(errors='replace')[-80:].strip()}"
+            lines.append(f"ok  {text}" if is_passed else words)
         server.shutdown()
+    code = int(any(line.startswith("FAILED") for line in lines))
     lines.append("Failed." if code else "All passed.")
     return "\n".join(map(make_printable, lines)), code
 
@@ -1057,12 +1032,10 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
 def build_parser(settings: Settings) -> "argparse.ArgumentParser":
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog=settings.prog or settings.service_name,
-        description=f"Show or change the usage telemetry of {settings.service_name}.",
-    )
-    parser.set_defaults(run=run_status, json=False)
+    text = f"Show or change the usage telemetry of {settings.service_name}."
+    parser = argparse.ArgumentParser(settings.prog or settings.service_name, description=text)
     parser.add_argument("--version", action="version", version=f"telemetry {__version__}")
+    parser.set_defaults(run=run_status, json=False)
     commands = parser.add_subparsers(metavar="COMMAND", help="status if none is given")
 
     def add(run: "Callable[..., tuple[str, int]]", text: str, *names: str) -> "Any":
@@ -1084,17 +1057,6 @@ def build_parser(settings: Settings) -> "argparse.ArgumentParser":
     return parser
 
 
-def write_stdout(text: str) -> "Exception | None":
-    """Print a text; return why that failed. The stream's own settings stay."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    failure = catch(print, text, flush=True)
-    if isinstance(failure, OSError):
-        # Python would try once more at exit: signal documentation, "Note on SIGPIPE".
-        catch(os.dup2, os.open(os.devnull, os.O_WRONLY), 1)
-    return failure
-
-
 def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     """Run the command line, also under a tool's own command: `main(args, prog="acme telemetry")`.
 
@@ -1104,7 +1066,7 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     import errno
     import io
 
-    settings, output = Settings(), io.StringIO()
+    settings, output, text = Settings(), io.StringIO(), ""
     vars(settings).update(vars(current_settings))
     settings.prog = prog or settings.prog
     failure: Exception | None = None
@@ -1112,15 +1074,20 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             options = build_parser(settings).parse_args(argv)
         text, code = options.run(settings, options)
-        failure = write_stdout(text)
     except SystemExit as stop:
-        # Of argparse: help, version, or a wrong usage.
         text, code = output.getvalue().strip(), 2 if stop.code else 0
-        failure = CommandError(text.partition(": error: ")[2]) if code else write_stdout(text)
+        failure = CommandError(text.partition(": error: ")[2]) if code else None
     except KeyboardInterrupt:
         return 130
     except (NotSent, CommandError, OSError, ImportError, RuntimeError) as error:
         failure, code = error, 1
+    if not failure:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        failure = catch(print, text, flush=True)
+        if isinstance(failure, OSError):
+            # Python would try once more at exit: signal documentation, "Note on SIGPIPE".
+            catch(os.dup2, os.open(os.devnull, os.O_WRONLY), 1)
     # A reader that is gone is no error to report; Windows calls it EINVAL.
     if failure and getattr(failure, "errno", None) not in (errno.EPIPE, errno.EINVAL):
         message = make_printable(f"{settings.service_name}: error: {failure}")
