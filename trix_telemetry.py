@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 __version__ = "2.0.0"
-MODULE = __spec__.name if __spec__ else os.path.basename(__file__)[:-3]
+MODULE = getattr(__spec__, "name", os.path.basename(__file__)[:-3])
 
 
 class Settings:
@@ -107,7 +107,7 @@ def parse_endpoint(base: "Any", source: str) -> str:
     import re
     from urllib.parse import urlsplit
 
-    match = re.fullmatch(BASE_URL, base, re.I | re.A) if isinstance(base, str) else None
+    match = isinstance(base, str) and re.fullmatch(BASE_URL, base, re.I | re.A)
     if not match or catch(urlsplit, base) or not 0 < int(match[3] or 80) < 65536:
         allowed = "an http or https base URL with a host, without user info, query or fragment"
         raise InvalidSetting(f"{source} must be {allowed}")
@@ -118,8 +118,7 @@ def parse_endpoint(base: "Any", source: str) -> str:
 
 def check_text_table(table: "Any", source: str) -> None:
     """Raise InvalidSetting for what is not a table of strings."""
-    pairs: list[Any] = list(table.items()) if isinstance(table, dict) else [(None, None)]
-    if not all(isinstance(text, str) for pair in pairs for text in pair):
+    if not isinstance(table, dict) or {*map(type, table), *map(type, table.values())} - {str}:
         raise InvalidSetting(f"{source} must be a table of strings")
 
 
@@ -186,11 +185,11 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if not isinstance(value, str) or not value.isprintable() or (name in needed and not value):
             raise InvalidSetting(f"{name} of the tool must be one line of text")
-    names: Any = () if settings.commands is None else settings.commands
+    names: Any = settings.commands or ()
     is_collection = hasattr(names, "__contains__") and not isinstance(names, str)
     if not is_collection or not all(isinstance(name, str) for name in names):
         raise InvalidSetting("commands of the tool must be a collection of names")
-    check_text_table({} if settings.headers is None else settings.headers, "headers of the tool")
+    check_text_table(settings.headers or {}, "headers of the tool")
     if not isinstance(settings.opt_in, bool):
         raise InvalidSetting("opt_in of the tool must be True or False")
 
@@ -312,7 +311,7 @@ def format_notice(settings: Settings, path: str, url: str) -> str:
     inspect, disable = f"{prog} status", f"{prog} disable"
     if not prog:
         inspect, disable = f"set {variable}_DEBUG=1", f"enabled = false in\n             {path}"
-    more = f"\n  Read more: {settings.docs_url}" if settings.docs_url else ""
+    more = f"\n  Read more: {settings.docs_url}" * bool(settings.docs_url)
     return f"""\
 {settings.service_name} sends anonymous usage telemetry: the name of each command,
 the version and a random fingerprint, never arguments, paths or file contents.
@@ -329,7 +328,8 @@ def read_fingerprint(path: str) -> str:
         stored = read_file(path, 128).decode().strip()
     except (OSError, ValueError):
         return ""
-    return "" if len(stored) > 64 or stored.strip("0123456789abcdefABCDEF") else stored
+    is_valid = len(stored) <= 64 and not stored.strip("0123456789abcdefABCDEF")
+    return stored * is_valid
 
 
 def make_fingerprint() -> str:
@@ -741,7 +741,7 @@ def initialize_telemetry(
     The last call before a track decides. A value of a wrong type raises nothing: telemetry is off.
     """
     global current_settings
-    name = service_name if isinstance(service_name, str) else "tool"
+    name = str(service_name)
     slug = "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in name)
     base = os.environ.get("XDG_CONFIG_HOME", "")
     base = base if os.path.isabs(base) else "~/.config"
@@ -795,12 +795,12 @@ def examine(settings: Settings) -> "tuple[Delivery, dict[str, Any]]":
     return delivery, {
         "tool": settings.service_name,
         "state": "off" if reasons else "on",
-        "reason": reasons[0] if reasons else "",
+        "reason": [*reasons, ""][0],
         "invalid": "; ".join(sorted(invalid)),
         "endpoint": delivery.url,
-        "encrypted": "no" if delivery.url.startswith("http:") else "",
+        "encrypted": "no" * delivery.url.startswith("http:"),
         "fingerprint": read_fingerprint(os.path.join(directory, "fingerprint")),
-        "back-off": f"{seconds} s more: {make_printable(cause)}" if seconds else "",
+        "back-off": f"{seconds} s more: {make_printable(cause)}" * bool(seconds),
         "config": os.path.join(directory, "config.toml") if delivery.path else "",
         "change": f"{prog} enable, {prog} disable" if prog else "`enabled` in the config",
         "variables": f"DO_NOT_TRACK=1, {variable}=0, {variable}_DEBUG=1",
@@ -815,13 +815,13 @@ def run_status(settings: Settings, options: "argparse.Namespace") -> "tuple[str,
         facts = examine(settings)[1]
     except InvalidSetting as error:
         facts = {"tool": "this tool", "state": "off", "reason": str(error), "invalid": str(error)}
-    code = 1 if facts["invalid"] else 0
+    code = int(facts["invalid"] != "")
     if options.json:
         return json.dumps(facts, indent=2), code
-    tool, state, reason, *rest = facts.items()
-    lines = [f"Telemetry of {tool[1]} is {state[1]}{f': {reason[1]}' if reason[1] else ''}"]
-    for label, text in rest:
-        if label in ("endpoint", "fingerprint") or text not in ("", reason[1]):
+    tool, state, reason, *_ = facts.values()
+    lines = [f"Telemetry of {tool} is {state}: {reason}".removesuffix(": ")]
+    for label, text in list(facts.items())[3:]:
+        if label in ("endpoint", "fingerprint") or text not in ("", reason):
             lines.append(f"  {label.capitalize():<13}{text or 'none'}")
     return "\n".join(lines), code
 
@@ -837,8 +837,8 @@ def list_edits(text: str, value: str) -> "Iterator[str]":
         yield before + re.sub(
             r"(?m)^(\s*enabled\s*=\s*)(true|false)", rf"\g<1>{value}", after, count=1
         )
-        yield f"{before}{'' if header[1] else newline}{line}{after}"
-    gap = "" if text.endswith("\n") or not text else newline
+        yield f"{before}{newline * (not header[1])}{line}{after}"
+    gap = newline * bool(text and not text.endswith("\n"))
     yield f"{text}{gap}{newline}[telemetry]{newline}{line}"
 
 
@@ -902,7 +902,7 @@ def run_switch(settings: Settings, options: "argparse.Namespace") -> "tuple[str,
         return f"Telemetry disabled (saved in {path})", 0
     catch(os.unlink, os.path.join(directory, "backoff"))
     reason = examine(settings)[1]["reason"]
-    more = f"\nIt stays off: {reason}" if reason else ""
+    more = f"\nIt stays off: {reason}" * bool(reason)
     return f"Telemetry enabled (saved in {path}){more}", 0
 
 
@@ -1075,7 +1075,7 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
             options = build_parser(settings).parse_args(argv)
         text, code = options.run(settings, options)
     except SystemExit as stop:
-        text, code = output.getvalue().strip(), 2 if stop.code else 0
+        text, code = output.getvalue().strip(), 2 * bool(stop.code)
         failure = CommandError(text.partition(": error: ")[2]) if code else None
     except KeyboardInterrupt:
         return 130
