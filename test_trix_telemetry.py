@@ -248,23 +248,11 @@ def names(path):
 # The shape of the file
 
 
-def test_importing_loads_no_module_that_a_bare_interpreter_lacks():
-    code = "import os, sys, time; before = set(sys.modules)\n"
-    code += f"{script('')}print(sorted(set(sys.modules) - before))"
-    assert run([sys.executable, "-I", "-S", "-c", code]).stdout == "['trix_telemetry']\n"
-
-
-def test_off_imports_nothing_starts_no_thread_and_makes_nothing(config, state, here):
+def test_importing_or_off_loads_no_module_starts_no_thread_and_makes_nothing(config, state, here):
     config("[telemetry]\nenabled = false\n")
-    done = tool(
-        """
-        before = set(sys.modules)
-        assert trix_telemetry.track_command_execution("build") is None
-        assert set(sys.modules) == before, set(sys.modules) - before
-    """,
-        "-S",
-    )
-    assert is_silent(done), done.stderr
+    code = "import os, sys, time; before = set(sys.modules)\n"
+    code += f"{script(f'assert {TRACK.strip()} is None')}\nprint(sorted(set(sys.modules) - before))"
+    assert run([sys.executable, "-I", "-S", "-c", code]).stdout == "['trix_telemetry']\n"
     assert (names(state), here.requests) == (["config.toml"], [])
 
 
@@ -314,7 +302,7 @@ def acme(home):
 
 
 def contents(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.*")}
+    return {str(path): path.read_bytes() for path in directory.rglob("*.*")}
 
 
 def test_a_tool_leaves_nothing_of_trix_anywhere(acme, collector, home, state):
@@ -346,14 +334,18 @@ def test_texts_name_a_command_where_the_vendor_named_one_else_variables_and_file
 
 
 def test_each_argument_can_be_given(acme, collector, home):
-    more = ", metric_name='runs', directory=sys.argv[0] and 'HOME/own', environment='MY_USAGE'"
-    more = more.replace("sys.argv[0] and 'HOME/own'", repr(str(home / "own")))
-    acme(collector.url, f"{more}, commands=['test']", "usage.track_command_execution('test')\n")
+    more = f", metric_name='runs', directory={str(home / 'own')!r}, environment='MY_USAGE', commands=['test']"
+    code = (
+        "for name in ('test', 'newcmd'): usage.track_command_execution(name)\nsys.exit(usage.main(['track', 'newcmd']))"
+    )
+    done = acme(collector.url, more, code)
     assert [(p.command, p.metric["name"]) for p in collector.points] == [("test", "runs")]
     assert names(home / "own") == ["config.toml", "fingerprint"]
-    acme(collector.url, more, env={"MY_USAGE": "0"})
-    acme(collector.url, more, env={"ACME_TELEMETRY": "0"})
-    assert collector.commands == ["test", "build"]
+    assert done.stderr.endswith("acme: error: newcmd is not among the tool's commands\n")
+    done = acme(collector.url, more, code, env={"MY_USAGE_DEBUG": "1", "ACME_TELEMETRY": "0"})
+    assert "acme: telemetry is off: newcmd is not among the tool's commands\n" in done.stderr
+    acme(collector.url, more, code, env={"MY_USAGE": "0"})
+    assert len(collector.requests) == 1
 
 
 def test_two_copies_in_one_process_do_not_know_of_each_other(acme, collector, home):
@@ -396,25 +388,20 @@ def test_opt_in_makes_and_says_nothing_until_enable(acme, collector, home):
     assert collector.commands == ["build"]
 
 
-def test_a_service_name_becomes_one_safe_slug(here, home, monkeypatch):
+def test_a_service_name_becomes_one_safe_slug_and_xdg_config_home_is_honoured(here, home, monkeypatch):
     slugs = {"My Tool/2.0": "my_tool_2_0", "\u00fcml\u00e4ut": "_ml_ut", "../../etc": "______etc", "x" * 200: "x" * 200}
-    for name, slug in slugs.items():
-        trix_telemetry.initialize_telemetry(service_name=name, service_version="1", endpoint=here.url)
-        track()
-        assert here.points[-1].metric["name"] == f"{slug}_command_invocation"
-        monkeypatch.setenv(f"{slug.upper()}_TELEMETRY", "0")
-        assert track() is None
-    assert names(home / ".config") == sorted(slugs.values())
-
-
-@pytest.mark.parametrize("base", ["relative", "", "{home}/xdg"])
-def test_an_absolute_xdg_config_home_is_honoured(here, home, monkeypatch, base):
     monkeypatch.chdir(home)
-    monkeypatch.setenv("XDG_CONFIG_HOME", base.format(home=home))
-    trix_telemetry.initialize_telemetry(service_name="a", service_version="1", endpoint=here.url)
-    track()
-    where = home / "xdg" if base.startswith("{") else home / ".config"
-    assert names(where / "a" / "telemetry") == ["config.toml", "fingerprint"]
+    for base in ("relative", str(home / "xdg")):
+        monkeypatch.setenv("XDG_CONFIG_HOME", base)
+        for name, slug in slugs.items():
+            trix_telemetry.initialize_telemetry(service_name=name, service_version="1", endpoint=here.url)
+            track()
+            assert here.points[-1].metric["name"] == f"{slug}_command_invocation"
+            with monkeypatch.context() as patch:
+                patch.setenv(f"{slug.upper()}_TELEMETRY", "0")
+                assert track() is None
+    assert names(home / ".config") == names(home / "xdg") == sorted(slugs.values())
+    assert names(home) == [".config", "xdg"]
 
 
 def test_a_copy_with_its_values_edited(acme, collector, home):
@@ -481,15 +468,6 @@ def test_what_is_no_command_name_is_dropped_whole(here, home, capfd):
         assert (error is None) == (isinstance(name, str) and bool(pattern.fullmatch(name))), name
     assert [track(name) for name in odd] == [None] * len(odd)
     assert (here.requests, names(home), capfd.readouterr()) == ([], [], ("", ""))
-
-
-def test_a_command_outside_the_closed_set_is_dropped_and_told_apart(acme, collector):
-    more = ", commands={'build'}"
-    assert is_silent(acme(collector.url, ", opt_in=True", "usage.main(['enable'])", stdout=-3, stderr=-2) and tool(""))
-    code = "usage.track_command_execution('newcmd')\nsys.exit(usage.main(['track', 'newcmd']))"
-    done = acme(collector.url, more, code, env={"ACME_TELEMETRY_DEBUG": "1"})
-    assert done.stderr.count("newcmd is not among the tool's commands\n") == 2
-    assert (done.returncode, collector.requests) == (1, [])
 
 
 def test_the_path_is_appended_once():
@@ -668,10 +646,15 @@ REASONS = [
 
 
 @pytest.mark.parametrize(("env", "text", "reason"), REASONS)
-def test_the_first_reason_is_told_by_debug_status_and_track(here, config, env, text, reason):
+def test_the_first_reason_is_told_by_debug_status_preview_and_track(here, config, state, env, text, reason):
     if text:
         config(text)
     debug = tool(env={**env, "TRIX_TELEMETRY_DEBUG": "yes"}).stderr
+    before = names(state.parent.parent)
+    done = cli("preview", env={**env, "TRIX_TELEMETRY_DEBUG": "1"})
+    assert (done.returncode, Point(done.stdout.partition("\n\n")[2]).command) == (0, "build")
+    assert names(state.parent.parent) == before
+    assert reason is None or f"This is not sent. Telemetry is off: " in done.stderr
     status = cli("status", env=env).stdout.splitlines()[0]
     done = cli("track", "build", env=env)
     if reason is None:
@@ -764,7 +747,7 @@ def test_a_notice_that_cannot_be_shown_takes_the_file_back(here, state, stream):
     assert here.commands == ["build"]
 
 
-def at_one_moment(count, code, **options):
+def at_one_moment(count, code):
     """Start processes that wait for each other before their code. Return what each said."""
     go = time.time() + 1 + count / 10
     code = f"import time\ntrix_telemetry.DEFAULT_TIMEOUT_MS = 60_000\ntime.sleep(max(0, {go} - time.time()))\n{code}"
@@ -794,15 +777,21 @@ def test_without_hard_links_everything_still_works(here, state):
     assert names(state) == ["config.toml", "fingerprint"]
 
 
-@pytest.mark.parametrize("module", ["http", "tomllib", "json", "urllib"])
-def test_a_python_without_a_module_makes_nothing_and_status_says_so(here, home, module):
+MISSING = ["tomllib", "urllib", "urllib.request", "threading", "json", "http", "http.client", "hashlib", "socket", "atexit",
+           "stat", "signal", "select", "re"]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MISSING)
+def test_a_python_without_a_module_makes_nothing_and_status_says_so(here, home, config, module):
     code = f"sys.modules[{module!r}] = None\n"
-    assert is_silent(tool(code + TRACK))
-    assert (names(home), here.requests) == ([], [])
+    if module in ("http", "tomllib", "json", "urllib"):
+        assert is_silent(tool(code + TRACK))
+        assert (names(home), here.requests) == ([], [])
     if module in ("http", "tomllib"):
         done = tool(f"{code}sys.exit(trix_telemetry.main(['status']))")
-        assert done.returncode == 0
-        assert f"this Python has no module {module}" in done.stdout.splitlines()[0]
+        assert (done.returncode, f"this Python has no module {module}" in done.stdout.splitlines()[0]) == (0, True)
+    config("# edited\n" + NEW_CONFIG)
+    assert is_silent(tool(f"{code}thread = {TRACK}if thread: thread.join()\ndel sys.modules[{module!r}]"))
 
 
 # config.toml
@@ -961,14 +950,19 @@ def test_the_fingerprint_is_made_once_and_kept(here, state):
     assert here.users == {proposed} == {trix_telemetry.get_user_fingerprint()}
 
 
-@pytest.mark.parametrize("junk", [b"", b"xyz", b"0" * 65, b"ab cd", b"\xff" * 16, b"0" * (4 << 20)])
-def test_junk_in_place_of_the_fingerprint_is_replaced(here, config, state, junk):
+@pytest.mark.parametrize("junk", [b"", b"xyz", b"0" * 65, b"ab cd", b"\xff" * 16, b"0" * (4 << 20), None])
+def test_junk_in_place_of_the_fingerprint_is_replaced_or_serves_this_process(here, config, state, junk):
     config()
-    (state / "fingerprint").write_bytes(junk)
+    if junk is None:
+        (state / "fingerprint").mkdir()
+    else:
+        (state / "fingerprint").write_bytes(junk)
+    track()
     track()
     (stored,) = here.users
     assert re.fullmatch("[0-9a-f]{64}", stored)
-    assert (state / "fingerprint").read_text() == stored
+    assert trix_telemetry.get_user_fingerprint() == stored
+    assert junk is None or (state / "fingerprint").read_text() == stored
 
 
 @posix
@@ -981,15 +975,6 @@ def test_a_fingerprint_that_is_a_link_leaves_its_target_alone(here, home, config
     track()
     assert (FINGERPRINT in here.users) == (target == "good")
     assert ((home / "good").read_text(), (home / "bad").read_text()) == (FINGERPRINT, "not hex")
-
-
-def test_a_fingerprint_that_cannot_be_stored_serves_this_process(here, config, state):
-    config()
-    (state / "fingerprint").mkdir(parents=True)
-    track()
-    track()
-    assert (len(here.requests), here.users) == (2, {trix_telemetry.get_user_fingerprint()})
-    assert (state / "fingerprint").is_dir()
 
 
 def test_without_a_home_no_file_of_the_working_directory_counts(here, home, monkeypatch, capsys):
@@ -1023,22 +1008,25 @@ def answer_late(connection):
 READY = "import json, hashlib, tomllib, ssl, urllib.request, encodings.idna\n"
 
 
-@pytest.mark.parametrize("speak", [silence, answer_late])
+@pytest.mark.parametrize("speak", [silence, answer_late, "look-up"])
 def test_a_wait_for_the_network_is_not_paid_again(hostile, config, state, speak):
-    server = hostile(speak)
+    code, server = READY + TRACK, hostile(silence if speak == "look-up" else speak)
+    if speak == "look-up":
+        code = f"{READY}import socket, time\nsocket.getaddrinfo = lambda *a, **k: time.sleep({LONG})\n{TRACK}"
     config(otlp_endpoint=server.url, timeout_ms=2000)
-    assert is_silent(tool(READY + TRACK))
+    assert is_silent(tool(code))
     url, reason = (state / "backoff").read_text().splitlines()
     assert url == f"{server.url}/v1/metrics"
     assert re.fullmatch(r"a command waited [12]\.\d s for the network", reason)
     assert is_silent(tool(READY + TRACK))
-    assert server.accepted == 1
-    if os.name != "nt":
-        assert stat.S_IMODE((state / "backoff").stat().st_mode) == 0o600
+    assert server.accepted == (speak != "look-up")
+    assert os.name == "nt" or stat.S_IMODE((state / "backoff").stat().st_mode) == 0o600
     status = cli("status").stdout
     assert status.startswith("Telemetry of trix-cli is on\n")
     assert re.search(r"  Back-off     (600|59\d) s more: a command waited", status)
     assert "back-off for " in tool(env={"TRIX_TELEMETRY_DEBUG": "1"}).stderr
+    assert cli("enable").returncode == 0
+    assert not (state / "backoff").exists()
 
 
 def test_what_fails_by_itself_starts_no_back_off(here, hostile, config, state):
@@ -1056,27 +1044,13 @@ def test_what_fails_by_itself_starts_no_back_off(here, hostile, config, state):
         code = f"import time\n{before}{TRACK}{after}"
         assert is_silent(tool(code, env={"TRIX_TELEMETRY_ENDPOINT": url}, timeout=LONG / 2))
     assert names(state) == ["config.toml", "fingerprint"]
-
-
-def test_a_name_look_up_counts_as_network(config, state):
-    config(otlp_endpoint="http://slow.example", timeout_ms=1500)
-    assert is_silent(tool(f"{READY}import socket, time\nsocket.getaddrinfo = time.sleep\n{TRACK}"))
-    done = tool(f"""{READY}
-import socket, time
-socket.getaddrinfo = lambda *a, **k: time.sleep({LONG})
-{TRACK}""")
-    assert is_silent(done)
-    assert (state / "backoff").exists()
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_an_answer_that_asks_for_it_starts_one(here, config, state, status):
-    config()
-    here.answer = (status, {}, b"")
-    track()
-    assert f"HTTP {status}" in (state / "backoff").read_text()
-    track()
-    assert len(here.requests) == 1
+    for status in (429, 503):
+        here.answer = (status, {}, b"")
+        track()
+        track()
+        assert f"HTTP {status}" in (state / "backoff").read_text()
+        (state / "backoff").unlink()
+    assert len(here.requests) == 8
 
 
 @pytest.mark.parametrize(
@@ -1116,14 +1090,6 @@ def test_it_takes_ten_minutes_from_the_modification_time(here, config, state, ag
     os.utime(path, (time.time() - age, time.time() - age))
     track()
     assert bool(here.requests) == is_sent
-
-
-@pytest.mark.parametrize("arguments", [["enable"], ["track", "build"]])
-def test_what_ends_it(here, config, state, arguments):
-    config()
-    (state / "backoff").write_text(f"{here.url}/v1/metrics\nslow\n")
-    assert cli(*arguments).returncode == 0
-    assert not (state / "backoff").exists()
 
 
 # Sending, and a hostile network
@@ -1250,35 +1216,26 @@ def test_what_fails_or_succeeds_at_once_costs_no_time(hostile, config, state, na
 # An authority, and a certificate of it for localhost and 127.0.0.1, both until the year 2126.
 AUTHORITY = """\
 -----BEGIN CERTIFICATE-----
-MIIBlTCCATygAwIBAgIUNmiDwmVQp4DOI6eNi+cvnAChRdgwCgYIKoZIzj0EAwIw
-KDENMAsGA1UECgwEVGVzdDEXMBUGA1UEAwwOVGVzdCBBdXRob3JpdHkwIBcNMjYx
-MTIzMDE1NDQyWhgPMjEyNjEwMzAwMTU0NDJaMCgxDTALBgNVBAoMBFRlc3QxFzAV
-BgNVBAMMDlRlc3QgQXV0aG9yaXR5MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
-zGG7nRvl1M7P/c64uxxLKIaz1zv8MsDJax1WwYn0DDVHrZURlVTu9ZnUJPCz69VE
-ueeOkCxmjvIchcW0m1/4fqNCMEAwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8E
-BAMCAQYwHQYDVR0OBBYEFD83MH5DVjGULqRGNYKJt108Bf3VMAoGCCqGSM49BAMC
-A0cAMEQCIDqexsFabE6sYXney5hDSCYxgKMvlR5dTckPbKgvPKanAiAgBWPX+h/u
-c3Ss5cVyatiLuVLqi4JKnGMIhxRnvtYhOw==
+MIIBlTCCATygAwIBAgIUNmiDwmVQp4DOI6eNi+cvnAChRdgwCgYIKoZIzj0EAwIwKDENMAsGA1UECgwEVGVzdDEXMBUGA1UEAwwOVGVzdCBBdXRo
+b3JpdHkwIBcNMjYxMTIzMDE1NDQyWhgPMjEyNjEwMzAwMTU0NDJaMCgxDTALBgNVBAoMBFRlc3QxFzAVBgNVBAMMDlRlc3QgQXV0aG9yaXR5MFkw
+EwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEzGG7nRvl1M7P/c64uxxLKIaz1zv8MsDJax1WwYn0DDVHrZURlVTu9ZnUJPCz69VEueeOkCxmjvIchcW0
+m1/4fqNCMEAwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAQYwHQYDVR0OBBYEFD83MH5DVjGULqRGNYKJt108Bf3VMAoGCCqGSM49BAMC
+A0cAMEQCIDqexsFabE6sYXney5hDSCYxgKMvlR5dTckPbKgvPKanAiAgBWPX+h/uc3Ss5cVyatiLuVLqi4JKnGMIhxRnvtYhOw==
 -----END CERTIFICATE-----
 """
 AUTHORITY_HASH = "00ad8108.0"  # openssl x509 -subject_hash
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
-MIIBwTCCAWagAwIBAgIBAjAKBggqhkjOPQQDAjAoMQ0wCwYDVQQKDARUZXN0MRcw
-FQYDVQQDDA5UZXN0IEF1dGhvcml0eTAgFw0yNjExMjMwMTU0NDJaGA8yMTI2MTAz
-MDAxNTQ0MlowFDESMBAGA1UEAwwJY29sbGVjdG9yMFkwEwYHKoZIzj0CAQYIKoZI
-zj0DAQcDQgAEr58ALSsGFGAza+DLXibBcsz+sXRlht6RX/kl28Hy/o0hsdU6Y/I0
-+bNjmz8se0V21uD6zAJdTSAkuvIsjEaL6qOBkjCBjzAMBgNVHRMBAf8EAjAAMA4G
-A1UdDwEB/wQEAwIHgDATBgNVHSUEDDAKBggrBgEFBQcDATAdBgNVHQ4EFgQUKuWj
-IlFNeZN5E2gAQbDGyGY+fM8wHwYDVR0jBBgwFoAUPzcwfkNWMZQupEY1gom3XTwF
-/dUwGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49BAMCA0kAMEYC
-IQD5Z7dqOKVrye+/VjdPi8r9CYsx7nXf9tdGLnmJQ/5qKgIhALg4L0nYPNpN8OS9
-qSLRNdzDFSfJP2diXJacN4cfPjE4
+MIIBwTCCAWagAwIBAgIBAjAKBggqhkjOPQQDAjAoMQ0wCwYDVQQKDARUZXN0MRcwFQYDVQQDDA5UZXN0IEF1dGhvcml0eTAgFw0yNjExMjMwMTU0
+NDJaGA8yMTI2MTAzMDAxNTQ0MlowFDESMBAGA1UEAwwJY29sbGVjdG9yMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEr58ALSsGFGAza+DLXibB
+csz+sXRlht6RX/kl28Hy/o0hsdU6Y/I0+bNjmz8se0V21uD6zAJdTSAkuvIsjEaL6qOBkjCBjzAMBgNVHRMBAf8EAjAAMA4GA1UdDwEB/wQEAwIH
+gDATBgNVHSUEDDAKBggrBgEFBQcDATAdBgNVHQ4EFgQUKuWjIlFNeZN5E2gAQbDGyGY+fM8wHwYDVR0jBBgwFoAUPzcwfkNWMZQupEY1gom3XTwF
+/dUwGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49BAMCA0kAMEYCIQD5Z7dqOKVrye+/VjdPi8r9CYsx7nXf9tdGLnmJQ/5qKgIh
+ALg4L0nYPNpN8OS9qSLRNdzDFSfJP2diXJacN4cfPjE4
 -----END CERTIFICATE-----
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg0qEYYzJms2jYWjLI
-v3JGa+BTBXS1D7z9oeOqAtGJZnWhRANCAASvnwAtKwYUYDNr4MteJsFyzP6xdGWG
-3pFf+SXbwfL+jSGx1Tpj8jT5s2ObPyx7RXbW4PrMAl1NICS68iyMRovq
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg0qEYYzJms2jYWjLIv3JGa+BTBXS1D7z9oeOqAtGJZnWhRANCAASvnwAtKwYUYDNr
+4MteJsFyzP6xdGWG3pFf+SXbwfL+jSGx1Tpj8jT5s2ObPyx7RXbW4PrMAl1NICS68iyMRovq
 -----END PRIVATE KEY-----
 """
 
@@ -1378,17 +1335,6 @@ def test_a_host_is_unharmed_and_its_point_arrives(here, config, name, flags):
     assert here.commands.count("build") == (name != "threads that cannot start")
 
 
-MISSING = ["tomllib", "urllib", "urllib.request", "threading", "json", "http.client", "hashlib", "socket", "atexit",
-           "stat", "signal", "select", "re"]  # fmt: skip
-
-
-@pytest.mark.parametrize("module", MISSING)
-def test_a_module_that_is_missing_is_no_matter(here, config, module):
-    config("# edited\n" + NEW_CONFIG)
-    code = f"sys.modules[{module!r}] = None\nthread = {TRACK}"
-    assert is_silent(tool(f"{code}if thread: thread.join()\ndel sys.modules[{module!r}]"))
-
-
 @posix
 def test_signals_files_threads_and_settings_of_the_host_are_as_they_were(here, config):
     config()
@@ -1410,7 +1356,8 @@ def test_signals_files_threads_and_settings_of_the_host_are_as_they_were(here, c
         for _ in range(3000):
             {TRACK}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert settle() == before
+        after = settle()
+        assert after == before, [pair for pair in zip(before, after) if pair[0] != pair[1]]
         assert len(trix_telemetry.get_client().deliveries) <= 4
     """)
     assert is_silent(done), done.stderr
@@ -1775,21 +1722,18 @@ def test_disable_adds_the_key_where_it_is_missing(config, text, after):
     assert path.read_bytes().decode() == after.replace("false", "true")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "telemetry.enabled = true\n",
-        "telemetry = { enabled = true }\n",
-        '[telemetry]\n"enabled" = true\n',
-        '[telemetry]\nnote = """\nenabled = true\n"""\nenabled = true\n',
-    ],
-)
+UNUSUAL = [
+    "telemetry.enabled = true\n", "telemetry = { enabled = true }\n", '[telemetry]\n"enabled" = true\n',
+    '[telemetry]\nnote = """\nenabled = true\n"""\nenabled = true\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNUSUAL)
 def test_what_is_too_unusual_is_refused_with_what_to_write(config, capsys, text):
     path = config(text)
     assert trix_telemetry.main(["disable"]) == 1
     err = capsys.readouterr().err
-    assert "write enabled = false below [telemetry]; nothing was changed\n" in err
-    assert err.count("\n") == 1
+    assert re.fullmatch(".* write enabled = false below \\[telemetry\\]; nothing was changed\n", err)
     assert path.read_text() == text
 
 
@@ -1934,15 +1878,6 @@ def test_preview_is_what_track_sends(here, config, state, capsys):
     assert re.sub(times, "", body.rstrip("\n")) == re.sub(times, "", sent.decode())
 
 
-def test_preview_creates_nothing_and_works_when_off(home, capsys, monkeypatch):
-    monkeypatch.setenv("DO_NOT_TRACK", "1")
-    assert trix_telemetry.main(["preview"]) == 0
-    out, err = capsys.readouterr()
-    assert Point(out.partition("\n\n")[2]).command == "build"
-    assert "This is not sent. Telemetry is off: DO_NOT_TRACK is set\n" in err
-    assert names(home) == []
-
-
 @pytest.mark.parametrize(
     ("answer", "code", "says"),
     [
@@ -1988,22 +1923,16 @@ def test_track_says_what_came_of_it_in_the_librarys_words(hostile, here, config,
     assert here.requests[-1][0].split()[1] == "/x/v1/metrics"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["track", "../x"], 1),
-        (["track", "a", "--endpoint", "ftp://me:secret@h"], 1),
-        (["track", "a", "--endpoint", ""], 1),
-        (["preview", "a b"], 1),
-        (["nonsense"], 2),
-        (["track"], 2),
-        (["status", "--yaml"], 2),
-        (["status", "a\nb\x1b[31m"], 2),
-    ],
-)
-def test_a_wrong_call_is_one_line(here, arguments, code):
-    done = cli(*arguments)
-    assert (done.returncode, done.stdout, here.requests) == (code, "", [])
+WRONG_CALLS = {
+    "track ../x": 1, "track a --endpoint ftp://me:secret@h": 1, "track a --endpoint ": 1, "preview a.b": 1, "nonsense": 2,
+    "track": 2, "status --yaml": 2, "status a\nb\x1b[31m": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+def test_a_wrong_call_is_one_line(here, call):
+    done = cli(*call.split(" "))
+    assert (done.returncode, done.stdout, here.requests) == (WRONG_CALLS[call], "", [])
     assert re.fullmatch("trix-cli: error: [^\n\x1b]*\n", done.stderr)
     assert "secret" not in done.stderr
 

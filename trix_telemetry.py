@@ -65,14 +65,13 @@ timeout_ms = 2000
 # [telemetry.otlp_headers]
 """
 DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS = 2000, 60_000
-MAX_CONFIG_BYTES = 1 << 20
 MAX_SENDS, BACKOFF_SECONDS = 4, 600
 # OTLP metrics data model, "Resets and Gaps"; stores that keep milliseconds need a whole one.
 MIN_INTERVAL_NS = 1_000_000
 # How often the exit looks at a send. Later than this the host is busy; Windows counts 16 ms ticks.
 POLL_SECONDS, LATE_SECONDS = 0.02, 0.035
 # A response that is not read at all resets the connection of the collector.
-MAX_BODY = 4096
+MAX_CONFIG_BYTES, MAX_BODY = 1 << 20, 4096
 NO = ("", "0", "false", "no", "off")
 YES = ("", "1", "true", "yes", "on")
 # RFC 3986: scheme, host or IPv6 address, port, path; neither user info, query nor fragment.
@@ -127,7 +126,7 @@ def select_headers(headers: "Any", source: str) -> "dict[str, str]":
     import re
 
     check_text_table(headers, source)
-    return {k: v for k, v in headers.items() if re.fullmatch(HEADER, f"{k}\n{v}", re.I)}
+    return {k: v for k, v in headers.items() if re.fullmatch(HEADER, f"{k}\n{v}", re.I | re.A)}
 
 
 class TelemetryConfig:
@@ -262,9 +261,7 @@ def make_directory(path: str) -> None:
     # A root that is missing, such as a drive without a disk, is its own parent.
     if path != os.path.dirname(path) and not os.path.isdir(path):
         make_directory(os.path.dirname(path))
-        failure = catch(os.mkdir, path, 0o700)
-        if failure and not isinstance(failure, FileExistsError):
-            raise failure
+        os.makedirs(path, 0o700, exist_ok=True)
         os.chmod(path, 0o700)
 
 
@@ -328,8 +325,7 @@ def read_fingerprint(path: str) -> str:
         stored = read_file(path, 128).decode().strip()
     except (OSError, ValueError):
         return ""
-    is_valid = len(stored) <= 64 and not stored.strip("0123456789abcdefABCDEF")
-    return stored * is_valid
+    return stored * (len(stored) <= 64 and not stored.strip("0123456789abcdefABCDEF"))
 
 
 def make_fingerprint() -> str:
@@ -423,7 +419,7 @@ class Delivery:
     def __init__(self, settings: Settings, command: str, override: "str | None" = None) -> None:
         self.called, self.began = time.time_ns(), time.monotonic()
         self.settings, self.command, self.override = settings, command, override
-        self.is_by_hand = self.is_connecting = False
+        self.is_by_hand = self.is_connecting = self.is_done = False
         # No file is below the null device, for where there is no home.
         self.directory, self.path, self.url = os.devnull, "", ""
         self.config = b""
@@ -435,7 +431,6 @@ class Delivery:
         self.error: Exception | None = None
 
     def remaining(self) -> float:
-        """Return the seconds until the deadline."""
         return self.began + self.timeout - time.monotonic()
 
     def prepare(self, is_dry: bool = False) -> None:
@@ -543,19 +538,24 @@ class OtlpClient:
         import threading
 
         with self.lock:
-            self.deliveries = [d for d in self.deliveries if d.thread and d.thread.is_alive()]
+            self.deliveries = [each for each in self.deliveries if not each.is_done]
             if len(self.deliveries) >= MAX_SENDS or not threading.main_thread().is_alive():
                 raise NotSent(f"{MAX_SENDS} sends are under way, or the process is ending")
-            thread = threading.Thread(None, self.run, "telemetry", (delivery,), daemon=True)
-            thread.start()
-            delivery.thread = thread
+            # Before the start, which a signal handler that tracks may interrupt.
             self.deliveries.append(delivery)
+            thread = threading.Thread(None, self.run, "telemetry", (delivery,), daemon=True)
+            failure = catch(thread.start)
+            if failure:
+                delivery.is_done = True
+                raise failure
+            delivery.thread = thread
 
     def run(self, delivery: Delivery) -> None:
         # The caller goes on at once; else it waits for the interpreter's switch interval of 5 ms.
         time.sleep(0.001)
         delivery.error = catch(self.deliver, delivery)
         catch(self.warn, delivery.error)
+        delivery.is_done = True
 
     def deliver(self, delivery: Delivery) -> None:
         """Go from the config to the response. Raise NotSent, and what `post` raises."""
@@ -741,8 +741,7 @@ def initialize_telemetry(
     The last call before a track decides. A value of a wrong type raises nothing: telemetry is off.
     """
     global current_settings
-    name = str(service_name)
-    slug = "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in name)
+    slug = "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in str(service_name))
     base = os.environ.get("XDG_CONFIG_HOME", "")
     base = base if os.path.isabs(base) else "~/.config"
     path = f"{base}/{slug}/telemetry" if directory is None else directory
