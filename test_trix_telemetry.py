@@ -446,7 +446,7 @@ def test_a_value_of_the_wrong_type_sends_nothing_and_status_names_it(collector, 
     assert (collector.requests, capfd.readouterr(), names(home)) == ([], ("", ""), [])
     assert trix_telemetry.main(["status"]) == 1
     out = capfd.readouterr().out
-    assert re.match(rf"Telemetry of (acme|this tool) is off: {name} of the tool must be ", out)
+    assert re.match(rf"Telemetry of .* is off: {name} of the tool must be ", out), out
     assert "secret" not in out
     assert trix_telemetry.main(["status", "--json"]) == 1
     for command in (["enable"], ["preview"], ["track", "a"], ["reset"], ["selftest"]):
@@ -484,7 +484,7 @@ def test_the_path_is_appended_once():
 
 
 def test_generated_urls_never_name_another_host():
-    parts = "http https :// h @ : 80 / ? # [ ::1 ] . \\".split()
+    parts = ["http", "https", "://", "h", "@", ":", "80", "/", "?", "#", "[", "::1", "]", ".", "\\"]
     for seed in range(5000):
         dice = random.Random(seed)
         base = dice.choice(["", "http://", "https://h"]) + "".join(dice.choices(parts, k=4))
@@ -654,7 +654,7 @@ def test_the_first_reason_is_told_by_debug_status_preview_and_track(here, config
     done = cli("preview", env={**env, "TRIX_TELEMETRY_DEBUG": "1"})
     assert (done.returncode, Point(done.stdout.partition("\n\n")[2]).command) == (0, "build")
     assert names(state.parent.parent) == before
-    assert reason is None or f"This is not sent. Telemetry is off: " in done.stderr
+    assert reason is None or "This is not sent. Telemetry is off: " in done.stderr
     status = cli("status", env=env).stdout.splitlines()[0]
     done = cli("track", "build", env=env)
     if reason is None:
@@ -1733,7 +1733,7 @@ def test_what_is_too_unusual_is_refused_with_what_to_write(config, capsys, text)
     path = config(text)
     assert trix_telemetry.main(["disable"]) == 1
     err = capsys.readouterr().err
-    assert re.fullmatch(".* write enabled = false below \\[telemetry\\]; nothing was changed\n", err)
+    assert re.fullmatch(".* write enabled = false for telemetry by hand; nothing was changed\n", err)
     assert path.read_text() == text
 
 

@@ -115,17 +115,12 @@ def parse_endpoint(base: "Any", source: str) -> str:
     return f"{scheme}://{authority}{path}/v1/metrics"
 
 
-def check_text_table(table: "Any", source: str) -> None:
-    """Raise InvalidSetting for what is not a table of strings."""
-    if not isinstance(table, dict) or {*map(type, table), *map(type, table.values())} - {str}:
-        raise InvalidSetting(f"{source} must be a table of strings")
-
-
 def select_headers(headers: "Any", source: str) -> "dict[str, str]":
     """Return the valid headers. Raise InvalidSetting for what is not a table of strings."""
     import re
 
-    check_text_table(headers, source)
+    if not isinstance(headers, dict) or {*map(type, headers), *map(type, headers.values())} - {str}:
+        raise InvalidSetting(f"{source} must be a table of strings")
     return {k: v for k, v in headers.items() if re.fullmatch(HEADER, f"{k}\n{v}", re.I | re.A)}
 
 
@@ -188,7 +183,6 @@ def check_settings(settings: Settings) -> None:
     is_collection = hasattr(names, "__contains__") and not isinstance(names, str)
     if not is_collection or not all(isinstance(name, str) for name in names):
         raise InvalidSetting("commands of the tool must be a collection of names")
-    check_text_table(settings.headers or {}, "headers of the tool")
     if not isinstance(settings.opt_in, bool):
         raise InvalidSetting("opt_in of the tool must be True or False")
 
@@ -215,6 +209,7 @@ def write_stderr(text: str) -> None:
         # A stream in memory, as of a test or a notebook.
         sys.stderr.write(f"{text}\n")
         return
+    sys.stderr.flush()
     if sys.platform != "win32":
         import select
 
@@ -244,7 +239,7 @@ def find_directory(settings: Settings) -> str:
     if path.startswith("~") and (os.name == "nt" or os.environ.get("HOME")):
         path = os.path.expanduser(path)
     if not os.path.isabs(path):
-        raise NotSent("there is no home directory: HOME is not set to an absolute path")
+        raise NotSent(f"{path} is no absolute path; is HOME set to one?")
     return path.replace("/", os.sep)
 
 
@@ -328,6 +323,13 @@ def read_fingerprint(path: str) -> str:
     return stored * (len(stored) <= 64 and not stored.strip("0123456789abcdefABCDEF"))
 
 
+def place_fingerprint(temporary: str, path: str) -> None:
+    """Give a fingerprint its place unless there is a valid one. Raise OSError."""
+    if not read_fingerprint(path):
+        catch(os.unlink, path)
+    link_file(temporary, path)
+
+
 def make_fingerprint() -> str:
     """Return SHA-256 over host, system and randomness that is not kept, as 64 hex digits."""
     import hashlib
@@ -351,7 +353,7 @@ def read_backoff(directory: str, url: str) -> "tuple[int, str]":
         return 0, ""
     if target != url or not 0 <= age < BACKOFF_SECONDS:
         return 0, ""
-    return int(BACKOFF_SECONDS - age) + 1, reason.strip()
+    return int(BACKOFF_SECONDS - age) + 1, "".join(filter(str.isprintable, reason))
 
 
 def build_request(url: str, headers: "dict[str, str]", body: bytes) -> "urllib.request.Request":
@@ -401,7 +403,8 @@ def post(request: "urllib.request.Request", delivery: "Delivery") -> "tuple[int,
             opener.add_handler(urllib.request.HTTPSHandler(debuglevel=0, context=context))
         try:
             with opener.open(request, timeout=max(delivery.remaining(), 0.001)) as response:
-                return response.status, response.getheader("Location", ""), response.read1(MAX_BODY)
+                read = response.read if delivery.is_by_hand else response.read1
+                return response.status, response.getheader("Location", ""), read(MAX_BODY)
         except urllib.error.URLError as error:
             # Only a certificate that is not verified has this: the bundle may know its authority.
             if not hasattr(error.reason, "verify_message"):
@@ -411,10 +414,7 @@ def post(request: "urllib.request.Request", delivery: "Delivery") -> "tuple[int,
 
 
 class Delivery:
-    """One data point on its way, from the call, in Unix nanoseconds, to the response.
-
-    `override` is an endpoint in place of the configured one. `is_by_hand`: a person waits.
-    """
+    """One data point on its way; `override` is an endpoint in place of the configured one."""
 
     def __init__(self, settings: Settings, command: str, override: "str | None" = None) -> None:
         self.called, self.began = time.time_ns(), time.monotonic()
@@ -446,26 +446,27 @@ class Delivery:
             self.override = os.environ.get(f"{self.settings.environment}_ENDPOINT")
         self.directory = find_directory(self.settings)
         self.path = os.path.realpath(os.path.join(self.directory, "config.toml"))
-        try:
+        is_new, config = not os.path.lexists(self.path), NEW_CONFIG
+        if not is_new:
             config = read_file(self.path, MAX_CONFIG_BYTES + 1)
-        except FileNotFoundError:
-            config = self.run_first(is_dry)
-        self.config = config
         # Nothing is on without this word, and no key is spelled without one of these.
         has_key = b"endpoint" in config.replace(b"# otlp_endpoint", b"") or b"\\" in config
         has_base = self.override or (self.override is None and (self.settings.endpoint or has_key))
         if not is_dry and not (has_base and b"true" in config):
             raise NotSent("config.toml is off, or there is no endpoint")
+        if is_new:
+            config = self.run_first(is_dry)
+        self.config = config
 
     def run_first(self, is_dry: bool) -> bytes:
         """Create config.toml, show the notice, and return the config. Raise NotSent, OSError."""
-        from importlib.util import find_spec
-
         if self.settings.opt_in:
             raise NotSent(f"it is opt-in, and {self.path} does not exist")
         if os.environ.get("CI", "").lower() not in NO:
             raise NotSent(f"CI is set, and {self.path} does not exist")
         self.choose_endpoint(TelemetryConfig({}))
+        from importlib.util import find_spec
+
         # A distribution's minimal package of Python may lack one.
         for name in ("http", "json", "tomllib", "urllib"):
             if find_spec(name) is None:
@@ -475,12 +476,12 @@ class Delivery:
         make_directory(self.directory)
         try:
             write_file(self.path, NEW_CONFIG, link_file)
+            write_stderr(format_notice(self.settings, self.path, self.url))
         except FileExistsError:
             return read_file(self.path, MAX_CONFIG_BYTES + 1)
-        failure = catch(write_stderr, format_notice(self.settings, self.path, self.url))
-        if failure:
-            os.unlink(self.path)
-            raise failure
+        except BaseException:
+            catch(os.unlink, self.path)
+            raise
         return NEW_CONFIG
 
     def choose_endpoint(self, table: TelemetryConfig) -> None:
@@ -571,14 +572,14 @@ class OtlpClient:
         body = self.encode(delivery, self.identify(delivery.directory))
         self.load("email.parser", "http.client", "tempfile", "encodings.idna", "urllib.request")
         request = build_request(delivery.url, delivery.headers, body)
+        check_opt_out(delivery.settings)
         delivery.is_connecting = True
         delivery.response = post(request, delivery)
         if delivery.response[0] in (429, 503):
             delivery.write_backoff(f"the collector answered HTTP {delivery.response[0]}")
 
     def load(self, *names: str) -> None:
-        """Import modules, none while the process forks and none once it is ending: a forked child
-        or a late destructor that needs a half-imported module waits for ever."""
+        """Import modules, none while the process forks or ends: a half-made one holds up others."""
         for name in names:
             with self.importing:
                 if self.is_closed:
@@ -612,10 +613,7 @@ class OtlpClient:
             self.fingerprint = fingerprint = self.fingerprint or make_fingerprint()
             if is_dry:
                 return fingerprint
-            # What is there and is none, unless another process has replaced it meanwhile.
-            if os.path.lexists(path) and not read_fingerprint(path):
-                catch(os.unlink, path)
-            catch(write_file, path, fingerprint.encode(), link_file)
+            catch(write_file, path, fingerprint.encode(), place_fingerprint)
             stored = read_fingerprint(path)
             self.fingerprint = "" if stored else fingerprint
             return stored or fingerprint
@@ -634,18 +632,18 @@ class OtlpClient:
         """Wait at exit for the sends under way; a signal ends the wait."""
         try:
             catch(self.wait)
-            self.is_closed = True
-            # An import under way comes to its end.
-            if self.importing.acquire(timeout=0.1):
-                self.importing.release()
         except (KeyboardInterrupt, SystemExit):
             pass
+        self.is_closed = True
+        # An import under way comes to its end.
+        if self.importing.acquire(timeout=0.1):
+            self.importing.release()
 
     def wait(self) -> None:
         """Wait until each response or deadline; write the back-off if the network took long."""
         # The readers of the host's pipes have all output before the wait.
-        catch(print, end="", flush=True)
-        catch(print, end="", flush=True, file=sys.stderr)
+        catch(lambda: sys.stdout.flush())
+        catch(lambda: sys.stderr.flush())
         waited = 0.0
         for delivery in self.deliveries:
             while delivery.thread and delivery.thread.is_alive() and delivery.remaining() > 0:
@@ -664,8 +662,9 @@ class OtlpClient:
             self.importing.acquire()
         except KeyboardInterrupt:
             # What is raised here is lost, so a thread raises it again after the fork.
-            threading.Thread(target=self.interrupt, daemon=True).start()
+            catch(self.importing.release)
             self.hold_imports()
+            threading.Thread(target=self.interrupt, daemon=True).start()
 
     def interrupt(self) -> None:
         import signal
@@ -745,7 +744,7 @@ def initialize_telemetry(
     base = os.environ.get("XDG_CONFIG_HOME", "")
     base = base if os.path.isabs(base) else "~/.config"
     path = f"{base}/{slug}/telemetry" if directory is None else directory
-    settings = current_settings = Settings()
+    settings = Settings()
     settings.service_name, settings.service_version = service_name, service_version
     settings.endpoint, settings.headers = endpoint, headers
     settings.metric_name = f"{slug}_command_invocation" if metric_name is None else metric_name
@@ -753,6 +752,7 @@ def initialize_telemetry(
     settings.environment = f"{slug.upper()}_TELEMETRY" if environment is None else environment
     settings.prog, settings.docs_url = prog, docs_url
     settings.commands, settings.opt_in = commands, opt_in
+    current_settings = settings
 
 
 def get_user_fingerprint() -> str:
@@ -799,7 +799,7 @@ def examine(settings: Settings) -> "tuple[Delivery, dict[str, Any]]":
         "endpoint": delivery.url,
         "encrypted": "no" * delivery.url.startswith("http:"),
         "fingerprint": read_fingerprint(os.path.join(directory, "fingerprint")),
-        "back-off": f"{seconds} s more: {make_printable(cause)}" * bool(seconds),
+        "back-off": f"{seconds} s more: {cause}" * bool(seconds),
         "config": os.path.join(directory, "config.toml") if delivery.path else "",
         "change": f"{prog} enable, {prog} disable" if prog else "`enabled` in the config",
         "variables": f"DO_NOT_TRACK=1, {variable}=0, {variable}_DEBUG=1",
@@ -813,7 +813,8 @@ def run_status(settings: Settings, options: "argparse.Namespace") -> "tuple[str,
     try:
         facts = examine(settings)[1]
     except InvalidSetting as error:
-        facts = {"tool": "this tool", "state": "off", "reason": str(error), "invalid": str(error)}
+        tool = make_printable(settings.service_name)
+        facts = {"tool": tool, "state": "off", "reason": str(error), "invalid": str(error)}
     code = int(facts["invalid"] != "")
     if options.json:
         return json.dumps(facts, indent=2), code
@@ -851,18 +852,18 @@ def edit_config(config: bytes, enabled: bool) -> bytes:
         return config
     value = str(enabled).lower()
     wanted = {**before, "telemetry": {**table, "enabled": enabled}}
-    for text in list_edits(config.decode(), value):
-        edited = text.encode()
+    for edited in map(str.encode, list_edits(config.decode(), value)):
         if not catch(parse_toml, edited) and parse_toml(edited, str) == wanted:
             return edited
-    raise CommandError(f"the text is too unusual: write enabled = {value} below [telemetry]")
+    raise CommandError(f"the text is too unusual: write enabled = {value} for telemetry by hand")
 
 
 def place_edited(temporary: str, path: str) -> None:
     """Replace a file that a user wrote; its mode and its owner stay. Raise OSError."""
     before = os.stat(path)
     if sys.platform != "win32":
-        os.chown(temporary, before.st_uid, before.st_gid)
+        os.chown(temporary, before.st_uid, -1)
+        catch(os.chown, temporary, -1, before.st_gid)
     os.chmod(temporary, before.st_mode & 0o7777)
     deadline = time.monotonic() + 1
     while failure := catch(os.replace, temporary, path):
@@ -887,7 +888,6 @@ def switch(path: str, enabled: bool) -> None:
 
 
 def run_switch(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
-    check_settings(settings)
     directory = find_directory(settings)
     path = os.path.realpath(os.path.join(directory, "config.toml"))
     try:
@@ -910,7 +910,7 @@ def run_preview(settings: Settings, options: "argparse.Namespace") -> "tuple[str
     delivery.command = options.command or delivery.command
     check_command(delivery.command, settings.commands)
     delivery.url = delivery.url or "http://no-endpoint.invalid/v1/metrics"
-    if facts["reason"]:
+    if facts["reason"] and sys.stderr:
         catch(print, f"This is not sent. Telemetry is off: {facts['reason']}", file=sys.stderr)
     return preview(delivery), 0
 
@@ -938,7 +938,6 @@ def check_response(status: int, location: str, body: bytes) -> "tuple[bool, str]
 def run_track(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
     from urllib.error import URLError
 
-    check_settings(settings)
     check_command(options.command, settings.commands)
     if options.endpoint is not None:
         parse_endpoint(options.endpoint, "--endpoint")
@@ -964,7 +963,6 @@ def run_track(settings: Settings, options: "argparse.Namespace") -> "tuple[str, 
 
 
 def run_reset(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
-    check_settings(settings)
     try:
         os.unlink(os.path.join(find_directory(settings), "fingerprint"))
     except (FileNotFoundError, NotADirectoryError):
@@ -995,7 +993,6 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
     import subprocess
     import tempfile
 
-    check_settings(settings)
     if getattr(sys, "frozen", False) or not sys.executable:
         raise CommandError("selftest starts Python, and this program brings none")
     received: list[bytes] = []
@@ -1007,7 +1004,8 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
     with start_collector(received) as server, tempfile.TemporaryDirectory() as directory:
         given |= {"endpoint": f"http://127.0.0.1:{server.server_port}", "directory": directory}
         given |= {"opt_in": False, "commands": [command]}
-        program = f"import sys; sys.path[:] = {paths!r}; import {MODULE} as telemetry\n"
+        program = f"import importlib, sys; sys.path[:] = {paths!r}\n"
+        program += f"telemetry = importlib.import_module({MODULE!r})\n"
         program += f"telemetry.initialize_telemetry(**{given!r})\n"
         program += f"telemetry.track_command_execution({command!r})\n"
         for count, text, variables in (
@@ -1016,8 +1014,8 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
             (2, "DO_NOT_TRACK=1 turns it off", {"DO_NOT_TRACK": "1"}),
             (2, f"{variable}=0 turns it off", {variable: "0"}),
         ):
-            call = [sys.executable, "-B", "-c", program]
-            done = subprocess.run(call, env=env | variables, input=b"", capture_output=True)
+            call, source = [sys.executable, "-B", "-"], program.encode()
+            done = subprocess.run(call, env=env | variables, input=source, capture_output=True)
             found = (done.returncode, done.stdout, bool(done.stderr), len(received))
             is_passed = found == (0, b"", count == 1, count)
             words = f"FAILED  {text}: {done.stderr.decode(errors='replace')[-80:].strip()}"
@@ -1072,23 +1070,27 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             options = build_parser(settings).parse_args(argv)
+        if options.run is not run_status:
+            check_settings(settings)
         text, code = options.run(settings, options)
     except SystemExit as stop:
         text, code = output.getvalue().strip(), 2 * bool(stop.code)
         failure = CommandError(text.partition(": error: ")[2]) if code else None
     except KeyboardInterrupt:
+        get_client().deliveries.clear()
         return 130
-    except (NotSent, CommandError, OSError, ImportError, RuntimeError) as error:
-        failure, code = error, 1
+    except (NotSent, CommandError, OSError, ImportError, RuntimeError, TypeError, ValueError) as e:
+        failure, code = e, 1
     if not failure:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         failure = catch(print, text, flush=True)
-        if isinstance(failure, OSError):
+        if isinstance(failure, OSError) and sys.stdout is sys.__stdout__:
             # Python would try once more at exit: signal documentation, "Note on SIGPIPE".
-            catch(os.dup2, os.open(os.devnull, os.O_WRONLY), 1)
+            with open(os.devnull, "wb") as null:
+                catch(lambda: os.dup2(null.fileno(), sys.stdout.fileno()))
     # A reader that is gone is no error to report; Windows calls it EINVAL.
-    if failure and getattr(failure, "errno", None) not in (errno.EPIPE, errno.EINVAL):
+    if failure and sys.stderr and getattr(failure, "errno", 0) not in (errno.EPIPE, errno.EINVAL):
         message = make_printable(f"{settings.service_name}: error: {failure}")
         catch(print, message, file=sys.stderr)
     return code or int(failure is not None)
