@@ -248,7 +248,7 @@ def read_file(path: str, limit: int) -> bytes:
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is not a regular file")
     with open(path, "rb") as file:
-        return file.read(limit)
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
 def make_directory(path: str) -> None:
@@ -324,10 +324,12 @@ def read_fingerprint(path: str) -> str:
 
 
 def place_fingerprint(temporary: str, path: str) -> None:
-    """Give a fingerprint its place unless there is a valid one. Raise OSError."""
-    if not read_fingerprint(path):
-        catch(os.unlink, path)
-    link_file(temporary, path)
+    """Give a fingerprint its place unless a valid one has it; of many at once the last stays."""
+    if os.path.lexists(path) and not read_fingerprint(path):
+        os.replace(temporary, path)
+        time.sleep(0.05)
+    else:
+        link_file(temporary, path)
 
 
 def make_fingerprint() -> str:
@@ -445,8 +447,8 @@ class Delivery:
         if self.override is None:
             self.override = os.environ.get(f"{self.settings.environment}_ENDPOINT")
         self.directory = find_directory(self.settings)
-        self.path = os.path.realpath(os.path.join(self.directory, "config.toml"))
-        is_new, config = not os.path.lexists(self.path), NEW_CONFIG
+        self.path = os.path.join(self.directory, "config.toml")
+        is_new, config = not os.path.exists(self.path), NEW_CONFIG
         if not is_new:
             config = read_file(self.path, MAX_CONFIG_BYTES + 1)
         # Nothing is on without this word, and no key is spelled without one of these.
@@ -460,6 +462,7 @@ class Delivery:
 
     def run_first(self, is_dry: bool) -> bytes:
         """Create config.toml, show the notice, and return the config. Raise NotSent, OSError."""
+        path = os.path.realpath(self.path)
         if self.settings.opt_in:
             raise NotSent(f"it is opt-in, and {self.path} does not exist")
         if os.environ.get("CI", "").lower() not in NO:
@@ -467,7 +470,6 @@ class Delivery:
         self.choose_endpoint(TelemetryConfig({}))
         from importlib.util import find_spec
 
-        # A distribution's minimal package of Python may lack one.
         for name in ("http", "json", "tomllib", "urllib"):
             if find_spec(name) is None:
                 raise NotSent(f"this Python has no module {name}")
@@ -475,12 +477,12 @@ class Delivery:
             return NEW_CONFIG
         make_directory(self.directory)
         try:
-            write_file(self.path, NEW_CONFIG, link_file)
+            write_file(path, NEW_CONFIG, link_file)
             write_stderr(format_notice(self.settings, self.path, self.url))
         except FileExistsError:
-            return read_file(self.path, MAX_CONFIG_BYTES + 1)
+            return read_file(path, MAX_CONFIG_BYTES + 1)
         except BaseException:
-            catch(os.unlink, self.path)
+            catch(os.unlink, path)
             raise
         return NEW_CONFIG
 
@@ -696,8 +698,7 @@ def preview(delivery: Delivery) -> str:
 
 def track(delivery: Delivery) -> None:
     """Start the delivery; with _DEBUG show what it would send. Raise NotSent, OSError."""
-    variable = f"{delivery.settings.environment}_DEBUG"
-    if os.environ.get(variable, "").lower() in NO:
+    if os.environ.get(f"{delivery.settings.environment}_DEBUG", "").lower() in NO:
         delivery.prepare()
         get_client().start(delivery)
         return
