@@ -839,8 +839,8 @@ def list_edits(text: str, value: str) -> "Iterator[str]":
             r"(?m)^(\s*enabled\s*=\s*)(true|false)", rf"\g<1>{value}", after, count=1
         )
         yield f"{before}{newline * (not header[1])}{line}{after}"
-    gap = newline * bool(text and not text.endswith("\n"))
-    yield f"{text}{gap}{newline}[telemetry]{newline}{line}"
+    gap = newline * (1 + bool(text and not text.endswith("\n")))
+    yield f"{text}{gap}[telemetry]{newline}{line}"
 
 
 def edit_config(config: bytes, enabled: bool) -> bytes:
@@ -1003,8 +1003,8 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
     paths = sys.path if __package__ else [os.path.dirname(os.path.abspath(__file__)), *sys.path]
     given = {name: getattr(settings, name) for name in vars(Settings) if name[0] != "_"}
     with start_collector(received) as server, tempfile.TemporaryDirectory() as directory:
-        given |= {"endpoint": f"http://127.0.0.1:{server.server_port}", "directory": directory}
-        given |= {"opt_in": False, "commands": [command]}
+        given |= {"directory": directory, "opt_in": False, "commands": [command]}
+        given["endpoint"] = f"http://127.0.0.1:{server.server_port}"
         program = f"import importlib, sys; sys.path[:] = {paths!r}\n"
         program += f"telemetry = importlib.import_module({MODULE!r})\n"
         program += f"telemetry.initialize_telemetry(**{given!r})\n"
@@ -1023,8 +1023,7 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[st
             lines.append(f"ok  {text}" if is_passed else words)
         server.shutdown()
     code = int(any(line.startswith("FAILED") for line in lines))
-    lines.append("Failed." if code else "All passed.")
-    return "\n".join(map(make_printable, lines)), code
+    return "\n".join(map(make_printable, [*lines, ("All passed.", "Failed.")[code]])), code
 
 
 def build_parser(settings: Settings) -> "argparse.ArgumentParser":
