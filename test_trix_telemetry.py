@@ -1178,7 +1178,7 @@ def test_whatever_holds_the_line_the_process_ends_at_the_deadline(hostile, confi
     done = tool(f"import os, time\nos.write(1, str(time.monotonic()).encode())\n{READY}{TRACK}")
     elapsed = time.monotonic() - float(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
-    assert 0.5 < elapsed < LONG / 4
+    assert elapsed < LONG / 4
 
 
 @pytest.mark.parametrize("name", DONE_AT_ONCE)
@@ -1487,10 +1487,12 @@ try:
     time.sleep(30)
 except KeyboardInterrupt:
     pass
-try:
-    time.sleep(1)
-except KeyboardInterrupt:
-    pass
+is_ignored = False
+while not is_ignored:
+    try:
+        is_ignored = bool(signal.signal(signal.SIGINT, signal.SIG_IGN))
+    except KeyboardInterrupt:
+        pass
 thread = threading.Thread(target=lambda: os.fork() or os._exit(0))
 thread.start()
 thread.join(10)
