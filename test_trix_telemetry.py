@@ -1,4 +1,4 @@
-"""Every promise, met by real files, processes and sockets, in a temporary home; `python -m pytest -m bench -s` measures."""
+"""Every promise, met by real files, processes and sockets in a temporary home; `-m bench -s` measures."""
 
 import ast
 import contextlib
@@ -131,9 +131,9 @@ def serve(kind, handler, tls=None):
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """A home, an environment and a handle of its own for each test."""
-    own = ("TRIX_", "ACME_", "SSL_CERT_", "OTEL_", "XDG_", "PYTHON")
+    own = ("TRIX_", "ACME_", "SSL_CERT_", "OTEL_", "XDG_", "PYTHOND", "PYTHONU", "PYTHONW", "CI", "DO_NOT_TRACK")
     for name in list(os.environ):
-        if name.upper().endswith("_PROXY") or name.startswith(own) or name in ("CI", "DO_NOT_TRACK"):
+        if name.upper().endswith("_PROXY") or name.startswith(own):
             monkeypatch.delenv(name)
     for name, value in (("PYTHONDONTWRITEBYTECODE", "1"), ("HOME", tmp_path), ("USERPROFILE", tmp_path)):
         monkeypatch.setenv(name, str(value))
@@ -256,8 +256,7 @@ def test_the_file_is_as_short_as_promised():
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     assert (len(lines) <= 1100, host <= 765, len(functions) <= 85) == (True, True, True)
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 40
-    assert sum(isinstance(node, ast.ClassDef) for node in nodes) <= 9
-    assert sum(isinstance(node, ast.IfExp) for node in nodes) <= 25
+    assert all(sum(isinstance(n, kind) for n in nodes) <= most for kind, most in ((ast.ClassDef, 9), (ast.IfExp, 25)))
     handlers = [ast.unparse(node.type) for node in nodes if isinstance(node, ast.ExceptHandler)]
     assert handlers.count("Exception") == 1
 
@@ -1063,7 +1062,7 @@ def test_a_damaged_or_foreign_file_means_none(here, config, state, capfd, text):
 def test_it_takes_ten_minutes_from_the_modification_time(here, config, state, age, is_sent):
     config()
     path = state / "backoff"
-    path.write_text(f"{here.url}/v1/metrics\nslow \x1b[31m\n")
+    path.write_bytes(f"{here.url}/v1/metrics\nslow \x1b[31m\n".encode())
     os.utime(path, (time.time() - age, time.time() - age))
     track()
     assert bool(here.requests) == is_sent
@@ -1291,7 +1290,8 @@ HOSTS = {
     "thread.start(); thread.join()",
     "a debug level": f"import http.client; http.client.HTTPConnection.debuglevel = 1\n{TRACK}",
     "no ssl": f"sys.modules['ssl'] = sys.modules['_ssl'] = None\n{TRACK}",
-    "threads that cannot start": f"import threading; threading.stack_size(1 << 46)\nassert {TRACK.strip()} is None",
+    "threads that cannot start": "import threading\ntrix_telemetry.catch(threading.stack_size, 1 << 46)\n"
+    f"assert sys.platform == 'win32' or {TRACK.strip()} is None",
     "logging without a handler": f"import logging\n{TRACK}",
     "a destructor at the end": f"import builtins\nclass Last:\n"
     "    def __del__(self, track=trix_telemetry.track_command_execution): track('gone')\n"
@@ -1309,7 +1309,7 @@ def test_a_host_is_unharmed_and_its_point_arrives(here, config, name, flags):
     config("# edited\n" + NEW_CONFIG)
     done = tool(HOSTS[name], *flags)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert here.commands.count("build") == (name != "threads that cannot start")
+    assert here.commands.count("build") == (name != "threads that cannot start") or os.name == "nt"
 
 
 @posix

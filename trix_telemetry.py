@@ -145,9 +145,7 @@ class TelemetryConfig:
 
 class CommandMetric:
     """One run of a command: a data point of a cumulative sum, its times in Unix nanoseconds.
-
-    Each point is a true reset: OpenTelemetry metrics data model, "Resets and Gaps".
-    """
+    Each point is a true reset: OpenTelemetry metrics data model, "Resets and Gaps"."""
 
     def __init__(self, name: str, command: str, start: int, end: int) -> None:
         self.name, self.command, self.start, self.end = name, command, start, end
@@ -569,7 +567,9 @@ class OtlpClient:
         if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.load("urllib.parse", *["tomllib"] * (delivery.config != NEW_CONFIG))
-        delivery.resolve()
+        # Python 3.15 imports a part of tomllib when it parses.
+        with self.importing:
+            delivery.resolve()
         self.load("json", "hashlib", "socket")
         body = self.encode(delivery, self.identify(delivery.directory))
         self.load("email.parser", "http.client", "tempfile", "encodings.idna", "urllib.request")
