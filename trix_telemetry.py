@@ -203,7 +203,7 @@ def write_stderr(text: str) -> None:
     """Write past the buffer. Raise OSError, also for a pipe that is full or has no reader."""
     try:
         descriptor = sys.stderr.fileno()
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         # A stream in memory, as of a test or a notebook.
         sys.stderr.write(f"{text}\n")
         return
@@ -267,18 +267,17 @@ def write_file(path: str, data: bytes, place: "Callable[[str, str], None]" = os.
         os.chmod(temporary, 0o600)
         place(temporary, path)
     finally:
-        # Most often it has its place; on Windows a virus scanner may hold it open.
+        # Gone after a replace, not after a link; on Windows a virus scanner may hold it open.
         catch(os.unlink, temporary)
 
 
 def link_file(temporary: str, path: str) -> None:
-    """Give a file its place, or raise FileExistsError: of many writers one is the first."""
+    """Give a file its place or raise FileExistsError; without hard links, the last one stays."""
     try:
         os.link(temporary, path)
     except (OSError, AttributeError):
         if os.path.lexists(path):
             raise FileExistsError from None
-        # A file system, or an interpreter, without hard links.
         os.replace(temporary, path)
 
 
@@ -419,7 +418,7 @@ class Delivery:
     def __init__(self, settings: Settings, command: str, override: "str | None" = None) -> None:
         self.called, self.began = time.time_ns(), time.monotonic()
         self.settings, self.command, self.override = settings, command, override
-        self.is_by_hand = self.is_connecting = self.is_done = False
+        self.is_by_hand = self.is_connecting = False
         # No file is below the null device, for where there is no home.
         self.directory, self.path, self.url = os.devnull, "", ""
         self.config = b""
@@ -449,7 +448,7 @@ class Delivery:
         is_new, config = not os.path.exists(self.path), NEW_CONFIG
         if not is_new:
             config = read_file(self.path, MAX_CONFIG_BYTES + 1)
-        # Nothing is on without this word, and no key is spelled without one of these.
+        # Nothing is on without "true"; no key is spelled without "endpoint" or a backslash.
         has_key = b"endpoint" in config.replace(b"# otlp_endpoint", b"") or b"\\" in config
         has_base = self.override or (self.override is None and (self.settings.endpoint or has_key))
         if not is_dry and not (has_base and b"true" in config):
@@ -480,7 +479,8 @@ class Delivery:
         except FileExistsError:
             return read_file(path, MAX_CONFIG_BYTES + 1)
         except BaseException:
-            catch(os.unlink, path)
+            if catch(read_file, path, 999) is None and read_file(path, 999) == NEW_CONFIG:
+                os.unlink(path)
             raise
         return NEW_CONFIG
 
@@ -513,19 +513,18 @@ class Delivery:
             raise NotSent(f"back-off for {seconds} s more: {reason}")
 
     def write_backoff(self, reason: str) -> None:
-        """Keep the next commands from paying the same wait again. Raise OSError."""
         write_file(os.path.join(self.directory, "backoff"), f"{self.url}\n{reason}\n".encode())
 
 
 class OtlpClient:
-    """The session state of one process, without a queue: a fifth send at once is dropped."""
+    """The session state of one process, without a queue: a send beyond four is dropped."""
 
     def __init__(self) -> None:
         import atexit
         import threading
 
         # Reentrant: a signal handler may track while the thread that it interrupts does.
-        self.lock, self.importing = threading.RLock(), threading.RLock()
+        self.lock, self.importing, self.naming = (threading.RLock() for _ in range(3))
         self.deliveries: list[Delivery] = []
         self.interval_end, self.fingerprint = 0, ""
         self.is_closed = self.has_warned = False
@@ -539,7 +538,6 @@ class OtlpClient:
         import threading
 
         with self.lock:
-            self.deliveries = [each for each in self.deliveries if not each.is_done]
             if len(self.deliveries) >= MAX_SENDS or not threading.main_thread().is_alive():
                 raise NotSent(f"{MAX_SENDS} sends are under way, or the process is ending")
             # Before the start, which a signal handler that tracks may interrupt.
@@ -547,7 +545,7 @@ class OtlpClient:
             thread = threading.Thread(None, self.run, "telemetry", (delivery,), daemon=True)
             failure = catch(thread.start)
             if failure:
-                delivery.is_done = True
+                self.deliveries.remove(delivery)
                 raise failure
             delivery.thread = thread
 
@@ -556,7 +554,7 @@ class OtlpClient:
         time.sleep(0.001)
         delivery.error = catch(self.deliver, delivery)
         catch(self.warn, delivery.error)
-        delivery.is_done = True
+        catch(self.deliveries.remove, delivery)
 
     def deliver(self, delivery: Delivery) -> None:
         """Go from the config to the response. Raise NotSent, and what `post` raises."""
@@ -611,7 +609,7 @@ class OtlpClient:
         stored = read_fingerprint(path)
         if stored:
             return stored
-        with self.lock:
+        with self.naming:
             self.fingerprint = fingerprint = self.fingerprint or make_fingerprint()
             if is_dry:
                 return fingerprint
@@ -647,7 +645,7 @@ class OtlpClient:
         catch(lambda: sys.stdout.flush())
         catch(lambda: sys.stderr.flush())
         waited = 0.0
-        for delivery in self.deliveries:
+        for delivery in [*self.deliveries]:
             while delivery.thread and delivery.thread.is_alive() and delivery.remaining() > 0:
                 is_network, began = delivery.is_connecting, time.monotonic()
                 delivery.thread.join(min(POLL_SECONDS, delivery.remaining()))
@@ -662,17 +660,18 @@ class OtlpClient:
 
         try:
             self.importing.acquire()
-        except KeyboardInterrupt:
+        except BaseException as error:
             # What is raised here is lost, so a thread raises it again after the fork.
             catch(self.importing.release)
             self.hold_imports()
-            threading.Thread(target=self.interrupt, daemon=True).start()
+            threading.Thread(target=self.interrupt, args=(error,), daemon=True).start()
 
-    def interrupt(self) -> None:
+    def interrupt(self, error: BaseException) -> None:
         import signal
 
         with self.importing:
-            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[isinstance(error, SystemExit)])
 
 
 clients: "dict[int, OtlpClient]" = {}
@@ -785,7 +784,7 @@ def examine(settings: Settings) -> "tuple[Delivery, dict[str, Any]]":
     parent = directory = delivery.directory
     while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
-    if not os.path.exists(delivery.path) and not os.access(parent, os.W_OK):
+    if not os.path.exists(delivery.path) and not os.access(os.path.join(parent, ""), os.W_OK):
         found.append(NotSent(f"{directory} cannot be written: {parent} is not writable"))
     reasons = [make_printable(problem) for problem in found if problem]
     found.append(catch(delivery.choose_endpoint, delivery.table or TelemetryConfig({})))
@@ -1074,7 +1073,7 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
             check_settings(settings)
         text, code = options.run(settings, options)
     except SystemExit as stop:
-        text, code = output.getvalue().strip(), 2 * bool(stop.code)
+        text, code = output.getvalue().strip() or sys.exit(stop.code), 2 * bool(stop.code)
         failure = CommandError(text.partition(": error: ")[2]) if code else None
     except KeyboardInterrupt:
         get_client().deliveries.clear()
