@@ -715,7 +715,9 @@ def test_a_notice_that_cannot_be_shown_takes_the_file_back(here, state, stream):
         os.set_blocking(write, True)
     with open("/dev/full", "wb") as full:
         code = f"import os, signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n{NO_NOTICE[stream]}\n"
-        code = f"{code}try: {TRACK}except KeyboardInterrupt: pass\nos._exit(0)"
+        code = (
+            f"{code}try: ({TRACK.strip()} or sys.exit(0)).join()\nexcept (KeyboardInterrupt, SystemExit): os._exit(0)"
+        )
         done = tool(code, stdout=subprocess.PIPE, stderr=full if stream == "full" else write)
     assert (done.returncode, done.stdout, here.requests) == (0, "", [])
     assert not (state / "config.toml").exists()
@@ -1383,7 +1385,7 @@ def test_a_signal_ends_the_wait_at_once(hostile, config, sent, code):
         sys.exit(7)
     """
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for delay in (0.01, 0.3):
+    for delay in (0, 0.005, 0.01, 0.02, 0.03, 0.3):
         process = subprocess.Popen([sys.executable, "-c", script(text)], **options)
         assert process.stdout.read(7) == "waiting"
         time.sleep(delay)
