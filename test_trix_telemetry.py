@@ -715,9 +715,7 @@ def test_a_notice_that_cannot_be_shown_takes_the_file_back(here, state, stream):
         os.set_blocking(write, True)
     with open("/dev/full", "wb") as full:
         code = f"import os, signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n{NO_NOTICE[stream]}\n"
-        code = (
-            f"{code}try: ({TRACK.strip()} or sys.exit(0)).join()\nexcept (KeyboardInterrupt, SystemExit): os._exit(0)"
-        )
+        code += f"try: ({TRACK.strip()} or sys.exit(0)).join()\nexcept (KeyboardInterrupt, SystemExit): os._exit(0)"
         done = tool(code, stdout=subprocess.PIPE, stderr=full if stream == "full" else write)
     assert (done.returncode, done.stdout, here.requests) == (0, "", [])
     assert not (state / "config.toml").exists()
