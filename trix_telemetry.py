@@ -729,10 +729,10 @@ def initialize_telemetry(
     metric_name: "str | None" = None,
     directory: "str | os.PathLike[str] | None" = None,
     environment: "str | None" = None,
-    prog: str = "",
+    prog: "str | None" = None,
     commands: "Collection[str] | None" = None,
     headers: "dict[str, str] | None" = None,
-    docs_url: str = "",
+    docs_url: "str | None" = None,
     opt_in: bool = False,
 ) -> None:
     """Say which tool this is, in place of the values of `Settings`, which explain each argument.
@@ -750,7 +750,7 @@ def initialize_telemetry(
     settings.metric_name = f"{slug}_command_invocation" if metric_name is None else metric_name
     settings.directory = os.fspath(path) if isinstance(path, os.PathLike) else path
     settings.environment = f"{slug.upper()}_TELEMETRY" if environment is None else environment
-    settings.prog, settings.docs_url = prog, docs_url
+    settings.prog, settings.docs_url = prog or "", docs_url or ""
     settings.commands, settings.opt_in = commands, opt_in
     current_settings = settings
 
