@@ -504,7 +504,7 @@ class Delivery:
         """Parse the config, and choose by it. Raise NotSent, InvalidSetting."""
         self.table = table = TelemetryConfig(parse_toml(self.config).get("telemetry", {}))
         if not table.enabled:
-            says = "has no `enabled` in [telemetry]" if table.enabled is None else "says it is off"
+            says = "has no telemetry.enabled" if table.enabled is None else "says enabled = false"
             raise NotSent(f"{self.path} {says}")
         self.timeout = table.timeout_ms / 1000
         self.choose_endpoint(table)
