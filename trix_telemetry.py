@@ -43,7 +43,7 @@ class Settings:
     directory = "~/.tx3/trix"
     # A variable, and the prefix of two more: _ENDPOINT and _DEBUG.
     environment = "TRIX_TELEMETRY"
-    # How a person reaches main(), such as "acme telemetry". Empty: not at all.
+    # How a person reaches main(), such as "acme telemetry". Empty: texts name no command.
     prog = f"python -m {MODULE}"
     # The names that may be counted. None: any name of the right form.
     commands: "Collection[str] | None" = None
@@ -324,6 +324,7 @@ def place_fingerprint(temporary: str, path: str) -> None:
     """Give a fingerprint its place unless a valid one has it; of many at once the last stays."""
     if os.path.lexists(path) and not read_fingerprint(path):
         os.replace(temporary, path)
+        # Others that find the same damage replace it, too; then all read the last one.
         time.sleep(0.05)
     else:
         link_file(temporary, path)
@@ -451,7 +452,7 @@ class Delivery:
         # Nothing is on without "true"; no key is spelled without "endpoint" or a backslash.
         has_key = b"endpoint" in config.replace(b"# otlp_endpoint", b"") or b"\\" in config
         has_base = self.override or (self.override is None and (self.settings.endpoint or has_key))
-        if not is_dry and not (has_base and b"true" in config):
+        if not (is_dry or self.is_by_hand or (has_base and b"true" in config)):
             raise NotSent("config.toml is off, or there is no endpoint")
         if is_new:
             config = self.run_first(is_dry)
@@ -467,7 +468,7 @@ class Delivery:
         self.choose_endpoint(TelemetryConfig({}))
         from importlib.util import find_spec
 
-        for name in ("http", "json", "tomllib", "urllib"):
+        for name in ("http", "json", "tomllib", "urllib", *["ssl"] * self.url.startswith("https:")):
             if find_spec(name) is None:
                 raise NotSent(f"this Python has no module {name}")
         if is_dry:
