@@ -10,11 +10,23 @@ Never sent: arguments, paths, file contents, environment variables, user or host
 
 Turn it off: DO_NOT_TRACK=1, TRIX_TELEMETRY=0, or `python -m trix_telemetry disable`.
 Vendor it: copy this file under any name. Then call initialize_telemetry(), or edit the values of
-`Settings`, and nothing else. What runs inside a tool ends where the command line begins.
-Imports stand where they are used, so that a tool whose telemetry is off imports nothing.
+`Settings`, and nothing else.
+
+The way of a data point:
+
+    track_command_execution()   the call, in a thread of the host
+      start_delivery()          check settings, opt-out and config.toml; the first run creates it
+    Delivery.run()              a daemon thread
+      prepare()                 import, parse the config, choose the endpoint, encode
+      send()                    one POST
+    close_session()             at exit: wait for what is under way, not past its deadline
+
+Each section uses those above it, so the call itself stands near the end; the command line is last.
+Modules are imported where they are used: a tool whose telemetry is off imports nothing.
 """
 
 import os
+import stat
 import sys
 import time
 
@@ -25,10 +37,31 @@ if TYPE_CHECKING:
     import threading
     import urllib.request
     from collections.abc import Callable, Collection, Iterator
+    from http.client import HTTPResponse
     from typing import Any
 
-__version__ = "2.0.0"
-MODULE = getattr(__spec__, "name", os.path.basename(__file__)[:-3])
+__version__ = "3.0.0"
+__all__ = [
+    "get_user_fingerprint",
+    "initialize_telemetry",
+    "main",
+    "track_command_execution",
+]
+
+
+# Settings: what the tool says of itself, and the limits
+
+
+def find_module_name() -> str:
+    """Return the name for `python -m`; "" where this was loaded from memory."""
+    spec = globals().get("__spec__")
+    if spec is not None:
+        return str(spec.name)
+    path = globals().get("__file__") or ""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+MODULE = find_module_name()
 
 
 class Settings:
@@ -44,7 +77,7 @@ class Settings:
     # A variable, and the prefix of two more: _ENDPOINT and _DEBUG.
     environment = "TRIX_TELEMETRY"
     # How a person reaches main(), such as "acme telemetry". Empty: texts name no command.
-    prog = f"python -m {MODULE}"
+    prog = f"python -m {MODULE}" if MODULE else ""
     # The names that may be counted. None: any name of the right form.
     commands: "Collection[str] | None" = None
     # Sent to the tool's own endpoint only, such as an ingest token.
@@ -64,23 +97,44 @@ timeout_ms = 2000
 
 # [telemetry.otlp_headers]
 """
-DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS = 2000, 60_000
-MAX_SENDS, BACKOFF_SECONDS = 4, 600
+DEFAULT_TIMEOUT_MS = 2000
+MAX_TIMEOUT_MS = 60_000
+# A host that calls in a loop does not pile up threads.
+MAX_DELIVERIES = 4
+BACKOFF_SECONDS = 600
 # OTLP metrics data model, "Resets and Gaps"; stores that keep milliseconds need a whole one.
 MIN_INTERVAL_NS = 1_000_000
-# How often the exit looks at a send. Later than this the host is busy; Windows counts 16 ms ticks.
-POLL_SECONDS, LATE_SECONDS = 0.02, 0.035
-# A response that is not read at all resets the connection of the collector.
-MAX_CONFIG_BYTES, MAX_BODY = 1 << 20, 4096
-NO = ("", "0", "false", "no", "off")
-YES = ("", "1", "true", "yes", "on")
-# RFC 3986: scheme, host or IPv6 address, port, path; neither user info, query nor fragment.
-BASE_URL = r"(https?)://([\w.-]+|\[[\da-f:.]+\])(?::(\d{1,5}))?(/[\w.~!$&'()*+,;=:@%/-]*)?"
-# RFC 9110, section 5: name and value, a line each; without those that the request needs.
-HEADER = (
-    r"(?!(?:user-agent|content-type|content-length|host|connection|transfer-encoding)\n)"
-    r"[!#$%&'*+.^_`|~0-9a-z-]+\n[\t -~\xa0-\xff]*"
+# An import that takes longer is stuck: neither a fork nor the end of the process waits for it.
+MAX_IMPORT_SECONDS = 0.5
+# Windows takes no Ctrl-C while a thread waits, so a long wait is made of short ones.
+WAIT_SECONDS = 0.05
+MAX_CONFIG_BYTES = 1 << 20
+# Of a response, a little is read: an unread one resets the connection of the collector.
+MAX_BODY_BYTES = 4096
+
+FALSE_WORDS = ("", "0", "false", "no", "off")
+TRUE_WORDS = ("", "1", "true", "yes", "on")
+HEX_DIGITS = "0123456789abcdefABCDEF"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+# RFC 3986: what a URL is written with, without the "?" and "#" that begin a query and a fragment.
+URL = r"[A-Za-z0-9._~!$&'()*+,;=:@%/\[\]-]+"
+# A host name or an IPv6 address, and a port; no user info.
+AUTHORITY = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
+# RFC 9110, section 5: the name and the value of a header.
+HEADER_NAME = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+HEADER_VALUE = r"[\t -~\xa0-\xff]*"
+RESERVED_HEADERS = (
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "transfer-encoding",
+    "user-agent",
 )
+
+
+# Errors: why nothing is sent
 
 
 class NotSent(Exception):
@@ -91,14 +145,61 @@ class InvalidSetting(NotSent):
     """A setting is invalid: its name and what is allowed, never its value."""
 
 
-def check_command(name: object, commands: "Collection[str] | None") -> None:
+def describe_error(error: Exception) -> str:
+    """Return in one line what went wrong."""
+    if isinstance(error, ImportError):
+        return f"this Python has no module {error.name}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (RuntimeError, TypeError, ValueError)):
+        return make_printable(f"{type(error).__name__}: {error}")
+    return make_printable(str(error))
+
+
+def make_printable(text: str) -> str:
+    """Return foreign text as one line without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text.strip()[:1000])
+
+
+# Checks: which values may be used; nothing outside this process is read or changed
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise InvalidSetting where a value of the vendor's cannot be used."""
+    required = ("service_name", "metric_name", "environment")
+    for name in (*required, "service_version", "endpoint", "directory", "prog", "docs_url"):
+        value = getattr(settings, name)
+        is_missing = name in required and not value
+        if not isinstance(value, str) or not value.isprintable() or is_missing:
+            raise InvalidSetting(f"{name} of the tool must be one line of text")
+    if settings.commands is not None and not is_collection_of_names(settings.commands):
+        raise InvalidSetting("commands of the tool must be a collection of names")
+    if settings.headers is not None:
+        check_headers(settings.headers, "headers of the tool")
+    if not isinstance(settings.opt_in, bool):
+        raise InvalidSetting("opt_in of the tool must be True or False")
+
+
+def is_collection_of_names(commands: "Any") -> bool:
+    # A generator has no __contains__: it would be empty after the first look.
+    if isinstance(commands, str) or not hasattr(commands, "__contains__"):
+        return False
+    return all(isinstance(name, str) for name in commands)
+
+
+def check_command(name: "Any", commands: "Collection[str] | None") -> None:
     """Raise NotSent for what is not `[A-Za-z][A-Za-z0-9_-]{0,63}`, or not among the commands."""
-    text = name if isinstance(name, str) else ""
-    letters = text.replace("-", "").replace("_", "")
-    if len(text) > 64 or not (text.isascii() and text[:1].isalpha() and letters.isalnum()):
+    if not is_command_name(name):
         raise NotSent("a command name is a letter and up to 63 letters, digits, - or _")
-    if commands is not None and text not in commands:
-        raise NotSent(f"{text} is not among the tool's commands")
+    if commands is not None and name not in commands:
+        raise NotSent(f"{name} is not among the tool's commands")
+
+
+def is_command_name(name: "Any") -> bool:
+    if not isinstance(name, str) or not name.isascii() or len(name) > 64:
+        return False
+    letters = name.replace("-", "").replace("_", "")
+    return name[:1].isalpha() and letters.isalnum()
 
 
 def parse_endpoint(base: "Any", source: str) -> str:
@@ -106,22 +207,50 @@ def parse_endpoint(base: "Any", source: str) -> str:
     import re
     from urllib.parse import urlsplit
 
-    match = isinstance(base, str) and re.fullmatch(BASE_URL, base, re.I | re.A)
-    if not match or catch(urlsplit, base) or not 0 < int(match[3] or 80) < 65536:
-        allowed = "an http or https base URL with a host, without user info, query or fragment"
-        raise InvalidSetting(f"{source} must be {allowed}")
-    scheme, authority = match[1].lower(), base[match.start(2) : max(match.end(2), match.end(3))]
-    path = (match[4] or "").rstrip("/").removesuffix("/v1/metrics")
-    return f"{scheme}://{authority}{path}/v1/metrics"
+    allowed = "an http or https base URL with a host, without user info, query or fragment"
+    error = InvalidSetting(f"{source} must be {allowed}")
+    if not isinstance(base, str) or not re.fullmatch(URL, base):
+        raise error
+    try:
+        parts = urlsplit(base)
+        port = parts.port
+    except ValueError:
+        raise error from None
+    if parts.scheme not in ("http", "https") or port == 0:
+        raise error
+    if not re.fullmatch(AUTHORITY, parts.netloc):
+        raise error
+    path = parts.path.rstrip("/").removesuffix("/v1/metrics")
+    return f"{parts.scheme}://{parts.netloc}{path}/v1/metrics"
 
 
-def select_headers(headers: "Any", source: str) -> "dict[str, str]":
-    """Return the valid headers. Raise InvalidSetting for what is not a table of strings."""
+def check_headers(headers: "Any", source: str) -> None:
+    """Raise InvalidSetting for what is not a table of strings."""
+    if not isinstance(headers, dict):
+        raise InvalidSetting(f"{source} must be a table of strings")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise InvalidSetting(f"{source} must be a table of strings")
+
+
+def select_headers(headers: "dict[str, str]") -> "dict[str, str]":
+    """Return the headers that HTTP can carry and that replace none which the request needs."""
     import re
 
-    if not isinstance(headers, dict) or {*map(type, headers), *map(type, headers.values())} - {str}:
-        raise InvalidSetting(f"{source} must be a table of strings")
-    return {k: v for k, v in headers.items() if re.fullmatch(HEADER, f"{k}\n{v}", re.I | re.A)}
+    selected = {}
+    for name, value in headers.items():
+        is_valid = re.fullmatch(HEADER_NAME, name) and re.fullmatch(HEADER_VALUE, value)
+        if is_valid and name.lower() not in RESERVED_HEADERS:
+            selected[name] = value
+    return selected
+
+
+def check_table(table: "Any") -> None:
+    """Raise InvalidSetting for what is not a table whose `enabled`, if there is one, is a bool."""
+    if not isinstance(table, dict):
+        raise InvalidSetting("telemetry must be a table")
+    if not isinstance(table.get("enabled", True), bool):
+        raise InvalidSetting("telemetry.enabled must be true or false")
 
 
 class TelemetryConfig:
@@ -129,78 +258,78 @@ class TelemetryConfig:
     `enabled` and `otlp_endpoint` None where they are missing. Raises InvalidSetting."""
 
     def __init__(self, table: "Any") -> None:
-        if not isinstance(table, dict):
-            raise InvalidSetting("telemetry must be a table")
+        check_table(table)
         self.enabled: bool | None = table.get("enabled")
-        if not isinstance(table.get("enabled", True), bool):
-            raise InvalidSetting("telemetry.enabled must be true or false")
         self.timeout_ms: int = table.get("timeout_ms", DEFAULT_TIMEOUT_MS)
+        self.otlp_endpoint: str | None = table.get("otlp_endpoint")
+        self.otlp_headers: dict[str, str] = table.get("otlp_headers", {})
+        # Not isinstance: True is an int, too.
         if type(self.timeout_ms) is not int or not 1 <= self.timeout_ms <= MAX_TIMEOUT_MS:
             raise InvalidSetting(f"telemetry.timeout_ms must be an integer, 1 to {MAX_TIMEOUT_MS}")
-        self.otlp_endpoint: str | None = table.get("otlp_endpoint")
-        if table.get("otlp_endpoint", "") != "":
+        # An empty one is valid: it means nowhere.
+        if self.otlp_endpoint is not None and self.otlp_endpoint != "":
             parse_endpoint(self.otlp_endpoint, "telemetry.otlp_endpoint")
-        self.otlp_headers = select_headers(table.get("otlp_headers", {}), "telemetry.otlp_headers")
+        check_headers(self.otlp_headers, "telemetry.otlp_headers")
 
 
-class CommandMetric:
-    """One run of a command: a data point of a cumulative sum, its times in Unix nanoseconds.
-    Each point is a true reset: OpenTelemetry metrics data model, "Resets and Gaps"."""
-
-    def __init__(self, name: str, command: str, start: int, end: int) -> None:
-        self.name, self.command, self.start, self.end = name, command, start, end
-
-    def encode(self, resource: "dict[str, str]") -> bytes:
-        """Return an ExportMetricsServiceRequest with these resource attributes."""
-        import json
-
-        point = {
-            "attributes": [{"key": "command_name", "value": {"stringValue": self.command}}],
-            "startTimeUnixNano": str(self.start),
-            "timeUnixNano": str(self.end),
-            "asInt": "1",
-        }
-        # AGGREGATION_TEMPORALITY_CUMULATIVE is 2.
-        total = {"dataPoints": [point], "aggregationTemporality": 2, "isMonotonic": True}
-        attributes = [{"key": k, "value": {"stringValue": v}} for k, v in resource.items()]
-        resource_metrics = {
-            "resource": {"attributes": attributes},
-            "scopeMetrics": [{"scope": {}, "metrics": [{"name": self.name, "sum": total}]}],
-        }
-        return json.dumps({"resourceMetrics": [resource_metrics]}, separators=(",", ":")).encode()
+def parse_config(data: bytes) -> TelemetryConfig:
+    """Return the `[telemetry]` table of config.toml. Raise InvalidSetting, ImportError."""
+    return TelemetryConfig(parse_toml(data).get("telemetry", {}))
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise InvalidSetting where a value of the vendor's cannot be used."""
-    needed = ("service_name", "metric_name", "environment")
-    for name in (*needed, "service_version", "endpoint", "directory", "prog", "docs_url"):
-        value = getattr(settings, name)
-        if not isinstance(value, str) or not value.isprintable() or (name in needed and not value):
-            raise InvalidSetting(f"{name} of the tool must be one line of text")
-    names: Any = settings.commands or ()
-    is_collection = hasattr(names, "__contains__") and not isinstance(names, str)
-    if not is_collection or not all(isinstance(name, str) for name in names):
-        raise InvalidSetting("commands of the tool must be a collection of names")
-    if not isinstance(settings.opt_in, bool):
-        raise InvalidSetting("opt_in of the tool must be True or False")
+def check_enabled(config: TelemetryConfig) -> None:
+    """Raise NotSent unless config.toml says `enabled = true`."""
+    if config.enabled is None:
+        raise NotSent("config.toml has no telemetry.enabled")
+    if not config.enabled:
+        raise NotSent("config.toml says enabled = false")
+
+
+def parse_toml(data: bytes, parse_float: "Callable[[str], Any]" = float) -> "dict[str, Any]":
+    """Return the document in config.toml. Raise InvalidSetting, ImportError."""
+    if data == NEW_CONFIG:
+        return {"telemetry": {"enabled": True, "timeout_ms": DEFAULT_TIMEOUT_MS}}
+    import tomllib
+
+    if len(data) > MAX_CONFIG_BYTES:
+        raise InvalidSetting("config.toml must not be larger than 1 MiB")
+    try:
+        # Notepad and PowerShell put a byte order mark before the text.
+        text = data.removeprefix(BYTE_ORDER_MARK).decode()
+        return tomllib.loads(text, parse_float=parse_float)
+    except (ValueError, RecursionError) as error:
+        raise InvalidSetting(f"config.toml must be TOML in UTF-8: {error}") from None
+
+
+# Opt-out: the environment and the standard streams
 
 
 def check_opt_out(settings: Settings) -> None:
-    """Raise NotSent where a variable turns telemetry off, or a standard stream is closed."""
-    if os.environ.get("DO_NOT_TRACK", "").lower() not in NO:
+    """Raise NotSent where a variable turns telemetry off."""
+    if os.environ.get("DO_NOT_TRACK", "").lower() not in FALSE_WORDS:
         raise NotSent("DO_NOT_TRACK is set")
-    if os.environ.get(settings.environment, "").lower() not in YES:
+    if os.environ.get(settings.environment, "").lower() not in TRUE_WORDS:
         raise NotSent(f"{settings.environment} is set, and not to 1, true, yes or on")
+
+
+def check_streams() -> None:
+    """Raise NotSent where a standard stream is closed: a socket would get its number, and then
+    what the host writes there."""
     for descriptor, name in enumerate(("input", "output", "error")):
         try:
             os.fstat(descriptor)
         except OSError:
-            # A socket would get its number, and what the host writes there.
             raise NotSent(f"standard {name} is closed") from None
 
 
+def is_debugging(settings: Settings) -> bool:
+    return os.environ.get(f"{settings.environment}_DEBUG", "").lower() not in FALSE_WORDS
+
+
 def write_stderr(text: str) -> None:
-    """Write past the buffer. Raise OSError, also for a pipe that is full or has no reader."""
+    """Write past the buffer, so that a failure is known at once. Raise OSError."""
+    if sys.stderr is None:
+        raise OSError("there is no standard error")
     try:
         descriptor = sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
@@ -208,26 +337,79 @@ def write_stderr(text: str) -> None:
         sys.stderr.write(f"{text}\n")
         return
     sys.stderr.flush()
-    if sys.platform != "win32":
-        import select
-
-        poll = select.poll()
-        poll.register(descriptor, select.POLLOUT)
-        events = poll.poll(0)
-        if not events or events[0][1] & (select.POLLERR | select.POLLHUP):
-            raise OSError("standard error takes no text")
+    check_reader(descriptor)
     data = f"{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
     while data:
-        data = data[os.write(descriptor, data) :]
+        written = os.write(descriptor, data)
+        data = data[written:]
 
 
-def catch(function: "Callable[..., object]", *args: "Any", **options: "Any") -> "Exception | None":
-    """Call function and return what it raises, for no failure may reach the host."""
-    try:
-        function(*args, **options)
-    except Exception as error:
-        return error
-    return None
+def check_reader(descriptor: int) -> None:
+    """Raise OSError where nobody reads: a write would wait, or end the host by SIGPIPE."""
+    import select
+
+    # Windows has no poll, and eventlet takes it away.
+    if sys.platform == "win32" or not hasattr(select, "poll"):
+        return
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    events = poll.poll(0)
+    if not events or events[0][1] & (select.POLLERR | select.POLLHUP):
+        raise OSError("standard error takes no text")
+
+
+# The data point: what is sent; clock and fingerprint come in as arguments
+
+
+class CommandMetric:
+    """One run of a command: a data point of a cumulative sum, its times in Unix nanoseconds.
+    Each point is a true reset: OpenTelemetry metrics data model, "Resets and Gaps"."""
+
+    def __init__(self, name: str, command: str, start: int, end: int) -> None:
+        self.name = name
+        self.command = command
+        self.start = start
+        self.end = end
+
+    def encode(self, resource: "dict[str, str]") -> bytes:
+        """Return an ExportMetricsServiceRequest with these resource attributes, in JSON."""
+        import json
+
+        point = {
+            "attributes": encode_attributes({"command_name": self.command}),
+            "startTimeUnixNano": str(self.start),
+            "timeUnixNano": str(self.end),
+            "asInt": "1",
+        }
+        metric = {
+            "name": self.name,
+            "sum": {
+                "dataPoints": [point],
+                # AGGREGATION_TEMPORALITY_CUMULATIVE
+                "aggregationTemporality": 2,
+                "isMonotonic": True,
+            },
+        }
+        resource_metrics = {
+            "resource": {"attributes": encode_attributes(resource)},
+            "scopeMetrics": [{"scope": {}, "metrics": [metric]}],
+        }
+        return json.dumps({"resourceMetrics": [resource_metrics]}, separators=(",", ":")).encode()
+
+
+def encode_attributes(attributes: "dict[str, str]") -> "list[dict[str, Any]]":
+    return [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()]
+
+
+def describe_resource(settings: Settings, fingerprint: str) -> "dict[str, str]":
+    return {
+        "service.name": settings.service_name,
+        "service.version": settings.service_version,
+        "user.fingerprint": fingerprint,
+    }
+
+
+# Files: the tool's directory, and nothing outside it
 
 
 def find_directory(settings: Settings) -> str:
@@ -243,32 +425,38 @@ def find_directory(settings: Settings) -> str:
 
 def read_file(path: str, limit: int) -> bytes:
     """Return up to limit bytes of a regular file. Raise OSError."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{path} is not a regular file")
-    with open(path, "rb") as file:
-        return file.read(min(limit, os.fstat(file.fileno()).st_size))
+    with open(path, "rb", opener=open_at_once) as file:
+        return file.read(limit) or b""
 
 
-def make_directory(path: str) -> None:
-    """Make a directory and its parents, each 0700 under any umask. Raise OSError."""
-    # A root that is missing, such as a drive without a disk, is its own parent.
-    if path != os.path.dirname(path) and not os.path.isdir(path):
-        make_directory(os.path.dirname(path))
-        os.makedirs(path, 0o700, exist_ok=True)
-        os.chmod(path, 0o700)
+def open_at_once(path: str, flags: int) -> int:
+    """Open a file; a named pipe that has just taken its place does not hold the host up."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def write_file(path: str, data: bytes, place: "Callable[[str, str], None]" = os.replace) -> None:
-    """Put data at path in one step. Raise OSError."""
+def write_file(
+    path: str,
+    data: bytes,
+    place: "Callable[[str, str], None]" = os.replace,
+    mode: int = 0o600,
+) -> None:
+    """Put data at path in one step: into a temporary file, which `place` moves. Raise OSError."""
     temporary = f"{path}.{os.urandom(6).hex()}.tmp"
     try:
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        with open(temporary, "xb", opener=open_private) as file:
+            # On the open file: a path could have become a link to a file of somebody else.
+            if hasattr(os, "fchmod"):
+                os.fchmod(file.fileno(), mode)
             file.write(data)
-        os.chmod(temporary, 0o600)
         place(temporary, path)
     finally:
-        # Gone after a replace, not after a link; on Windows a virus scanner may hold it open.
-        catch(os.unlink, temporary)
+        delete_file(temporary)
+
+
+def open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def link_file(temporary: str, path: str) -> None:
@@ -281,53 +469,48 @@ def link_file(temporary: str, path: str) -> None:
         os.replace(temporary, path)
 
 
-def parse_toml(config: bytes, parse_float: "Callable[[str], Any]" = float) -> "dict[str, Any]":
-    """Return the document in config.toml. Raise InvalidSetting."""
-    if config == NEW_CONFIG:
-        return {"telemetry": {"enabled": True, "timeout_ms": DEFAULT_TIMEOUT_MS}}
-    import tomllib
+def replace_file(temporary: str, path: str) -> None:
+    """Replace a file; on Windows, wait up to a second for other processes that read it."""
+    deadline = time.monotonic() + 1
+    while True:
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
-    if len(config) > MAX_CONFIG_BYTES:
-        raise InvalidSetting("config.toml must not be larger than 1 MiB")
+
+def delete_file(path: str) -> None:
+    """Delete a file that may be missing, or that on Windows a virus scanner holds open."""
     try:
-        return tomllib.loads(config.decode(), parse_float=parse_float)
-    except (ValueError, RecursionError) as error:
-        raise InvalidSetting(f"config.toml must be TOML in UTF-8: {error}") from None
+        os.unlink(path)
+    except OSError:
+        pass
 
 
-def format_notice(settings: Settings, path: str, url: str) -> str:
-    variable, prog = settings.environment, settings.prog
-    inspect, disable = f"{prog} status", f"{prog} disable"
-    if not prog:
-        inspect, disable = f"set {variable}_DEBUG=1", f"enabled = false in\n             {path}"
-    more = f"\n  Read more: {settings.docs_url}" * bool(settings.docs_url)
-    return f"""\
-{settings.service_name} sends anonymous usage telemetry: the name of each command,
-the version and a random fingerprint, never arguments, paths or file contents.
-This command is the first to be counted. This notice is shown once.
-  Sent to:   {url}
-  Inspect:   {inspect}
-  Turn off:  set {variable}=0 or DO_NOT_TRACK=1,
-             or {disable}{more}"""
-
-
-def read_fingerprint(path: str) -> str:
-    """Return the stored fingerprint; "" where there is none of 1 to 64 hex digits."""
+def make_directory(path: str) -> None:
+    """Make a directory and its parents, each 0700 under any umask. Raise OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    # A root that is missing, such as a drive without a disk, is its own parent.
+    if parent != path:
+        make_directory(parent)
     try:
-        stored = read_file(path, 128).decode().strip()
-    except (OSError, ValueError):
-        return ""
-    return stored * (len(stored) <= 64 and not stored.strip("0123456789abcdefABCDEF"))
-
-
-def place_fingerprint(temporary: str, path: str) -> None:
-    """Give a fingerprint its place unless a valid one has it; of many at once the last stays."""
-    if os.path.lexists(path) and not read_fingerprint(path):
-        os.replace(temporary, path)
-        # Others that find the same damage replace it, too; then all read the last one.
-        time.sleep(0.05)
-    else:
-        link_file(temporary, path)
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        # Another first run was quicker. A link that leads nowhere is no directory.
+        if os.path.isdir(path):
+            return
+        raise
+    if hasattr(os, "fchmod"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fchmod(descriptor, 0o700)
+        finally:
+            os.close(descriptor)
 
 
 def make_fingerprint() -> str:
@@ -336,375 +519,655 @@ def make_fingerprint() -> str:
     import socket
 
     # Not the module platform: on Windows it takes seconds, and in threads it can hang.
-    parts = [socket.gethostname(), sys.platform, os.environ.get("PROCESSOR_ARCHITECTURE", "")]
-    if sys.platform != "win32":
-        parts[1:] = os.uname().sysname, os.uname().machine
-    host = "\0".join(parts)
-    return hashlib.sha256(host.encode(errors="replace") + os.urandom(32)).hexdigest()
+    if hasattr(os, "uname"):
+        system = os.uname().sysname
+        machine = os.uname().machine
+    else:
+        system = sys.platform
+        machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
+    text = "\0".join([socket.gethostname(), system, machine])
+    return hashlib.sha256(text.encode(errors="replace") + os.urandom(32)).hexdigest()
 
 
-def read_backoff(directory: str, url: str) -> "tuple[int, str]":
-    """Return the seconds that a back-off for url still takes, 0 for none, and its reason."""
-    path = os.path.join(directory, "backoff")
-    try:
-        age = time.time() - os.stat(path).st_mtime
-        target, _, reason = read_file(path, 4096).decode().partition("\n")
-    except (OSError, ValueError):
-        return 0, ""
-    if target != url or not 0 <= age < BACKOFF_SECONDS:
-        return 0, ""
-    return int(BACKOFF_SECONDS - age) + 1, "".join(filter(str.isprintable, reason))
+class Storage:
+    """The three files of a tool: config.toml, fingerprint and backoff."""
 
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.config_path = os.path.join(directory, "config.toml")
+        self.fingerprint_path = os.path.join(directory, "fingerprint")
+        self.backoff_path = os.path.join(directory, "backoff")
 
-def build_request(url: str, headers: "dict[str, str]", body: bytes) -> "urllib.request.Request":
-    """Return a request that names each header that will be on the wire."""
-    import urllib.request
-
-    fixed = {
-        "User-Agent": f"trix-telemetry/{__version__}",
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        "Host": url.split("/")[2],
-        "Connection": "close",
-    }
-    headers = {"Accept-Encoding": "identity", **headers, **fixed}
-    return urllib.request.Request(url, body, headers, method="POST")
-
-
-def make_contexts(url: str) -> "Iterator[ssl.SSLContext | None]":
-    """Yield what to verify the server with, in turn; None for http."""
-    if not url.startswith("https:"):
-        yield None
-        return
-    import ssl
-
-    # OpenSSL reads one authority of a hashed directory; the bundle of all takes 25 ms to parse.
-    paths = ssl.get_default_verify_paths()
-    has_bundle = os.environ.get(paths.openssl_cafile_env)
-    names = os.listdir(paths.capath) if paths.capath and not has_bundle else []
-    if any(name.endswith(".0") for name in names):
-        yield ssl.create_default_context(capath=paths.capath)
-    yield ssl.create_default_context()
-
-
-def post(request: "urllib.request.Request", delivery: "Delivery") -> "tuple[int, str, bytes]":
-    """Return status, Location and one buffer of the body. Raise what urllib.request raises."""
-    import urllib.error
-    import urllib.request
-
-    failure = urllib.error.URLError("no response")
-    for context in make_contexts(request.full_url):
-        # One that follows no redirect, opens no other scheme, and heeds no debug level of the host.
-        opener = urllib.request.OpenerDirector()
-        opener.add_handler(urllib.request.ProxyHandler(urllib.request.getproxies_environment()))
-        opener.add_handler(urllib.request.UnknownHandler())
-        opener.add_handler(urllib.request.HTTPHandler(debuglevel=0))
-        if context:
-            opener.add_handler(urllib.request.HTTPSHandler(debuglevel=0, context=context))
+    def read_config(self) -> "bytes | None":
+        """Return what config.toml holds, None where there is none. Raise NotSent."""
         try:
-            with opener.open(request, timeout=max(delivery.remaining(), 0.001)) as response:
-                read = response.read if delivery.is_by_hand else response.read1
-                return response.status, response.getheader("Location", ""), read(MAX_BODY)
-        except urllib.error.URLError as error:
-            # Only a certificate that is not verified has this: the bundle may know its authority.
-            if not hasattr(error.reason, "verify_message"):
-                raise
-            failure = error
-    raise failure
+            return read_file(self.config_path, MAX_CONFIG_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise NotSent(describe_error(error)) from None
 
-
-class Delivery:
-    """One data point on its way; `override` is an endpoint in place of the configured one."""
-
-    def __init__(self, settings: Settings, command: str, override: "str | None" = None) -> None:
-        self.called, self.began = time.time_ns(), time.monotonic()
-        self.settings, self.command, self.override = settings, command, override
-        self.is_by_hand = self.is_connecting = False
-        # No file is below the null device, for where there is no home.
-        self.directory, self.path, self.url = os.devnull, "", ""
-        self.config = b""
-        self.headers: dict[str, str] = {}
-        self.timeout = DEFAULT_TIMEOUT_MS / 1000
-        self.table: TelemetryConfig | None = None
-        self.thread: threading.Thread | None = None
-        self.response: tuple[int, str, bytes] | None = None
-        self.error: Exception | None = None
-
-    def remaining(self) -> float:
-        return self.began + self.timeout - time.monotonic()
-
-    def prepare(self, is_dry: bool = False) -> None:
-        """Do what the call waits for; in a dry run make nothing. Raise NotSent, OSError."""
-        check_settings(self.settings)
-        check_opt_out(self.settings)
-        check_command(self.command, self.settings.commands)
-        self.read_config(is_dry)
-
-    def read_config(self, is_dry: bool) -> None:
-        """Read config.toml, or make it. Raise NotSent, OSError."""
-        if self.override is None:
-            self.override = os.environ.get(f"{self.settings.environment}_ENDPOINT")
-        self.directory = find_directory(self.settings)
-        self.path = os.path.join(self.directory, "config.toml")
-        is_new, config = not os.path.exists(self.path), NEW_CONFIG
-        if not is_new:
-            config = read_file(self.path, MAX_CONFIG_BYTES + 1)
-        # Nothing is on without "true"; no key is spelled without "endpoint" or a backslash.
-        has_key = b"endpoint" in config.replace(b"# otlp_endpoint", b"") or b"\\" in config
-        has_base = self.override or (self.override is None and (self.settings.endpoint or has_key))
-        if not (is_dry or self.is_by_hand or (has_base and b"true" in config)):
-            raise NotSent("config.toml is off, or there is no endpoint")
-        if is_new:
-            config = self.run_first(is_dry)
-        self.config = config
-
-    def run_first(self, is_dry: bool) -> bytes:
-        """Create config.toml, show the notice, and return the config. Raise NotSent, OSError."""
-        path = os.path.realpath(self.path)
-        if self.settings.opt_in:
-            raise NotSent(f"it is opt-in, and {self.path} does not exist")
-        if os.environ.get("CI", "").lower() not in NO:
-            raise NotSent(f"CI is set, and {self.path} does not exist")
-        self.choose_endpoint(TelemetryConfig({}))
-        from importlib.util import find_spec
-
-        for name in ("http", "json", "tomllib", "urllib", *["ssl"] * self.url.startswith("https:")):
-            if find_spec(name) is None:
-                raise NotSent(f"this Python has no module {name}")
-        if is_dry:
-            return NEW_CONFIG
+    def create_config(self) -> None:
+        """Create config.toml. Raise FileExistsError where there is one, OSError."""
         make_directory(self.directory)
+        write_file(self.config_path, NEW_CONFIG, link_file)
+
+    def read_fingerprint(self) -> str:
+        """Return the stored fingerprint; "" where there is none of 1 to 64 hex digits."""
         try:
-            write_file(path, NEW_CONFIG, link_file)
-            write_stderr(format_notice(self.settings, self.path, self.url))
-        except FileExistsError:
-            return read_file(path, MAX_CONFIG_BYTES + 1)
-        except BaseException:
-            if catch(read_file, path, 999) is None and read_file(path, 999) == NEW_CONFIG:
-                os.unlink(path)
-            raise
-        return NEW_CONFIG
+            stored = read_file(self.fingerprint_path, 128).decode().strip()
+        except (OSError, ValueError):
+            return ""
+        is_hex = all(digit in HEX_DIGITS for digit in stored)
+        return stored if is_hex and len(stored) <= 64 else ""
 
-    def choose_endpoint(self, table: TelemetryConfig) -> None:
-        """Set the URL and the headers. Raise NotSent, InvalidSetting."""
-        settings, self.headers = self.settings, table.otlp_headers
-        base, source = settings.endpoint, "endpoint of the tool"
-        if self.override is not None:
-            base, source = self.override, f"{settings.environment}_ENDPOINT"
-        elif table.otlp_endpoint is not None:
-            base, source = table.otlp_endpoint, "telemetry.otlp_endpoint"
-        else:
-            # The headers of the tool go to its own endpoint alone.
-            own = select_headers(settings.headers or {}, "headers of the tool")
-            self.headers = own | table.otlp_headers
-        if not base:
-            raise NotSent(f"there is no endpoint: {source} is empty")
-        self.url = parse_endpoint(base, source)
+    def write_fingerprint(self, fingerprint: str) -> None:
+        """Store a fingerprint unless a valid one is there. Raise OSError."""
+        is_damaged = os.path.lexists(self.fingerprint_path) and not self.read_fingerprint()
+        place = os.replace if is_damaged else link_file
+        write_file(self.fingerprint_path, fingerprint.encode(), place)
 
-    def resolve(self) -> None:
-        """Parse the config, and choose by it. Raise NotSent, InvalidSetting."""
-        self.table = table = TelemetryConfig(parse_toml(self.config).get("telemetry", {}))
-        if not table.enabled:
-            says = "has no telemetry.enabled" if table.enabled is None else "says enabled = false"
-            raise NotSent(f"{self.path} {says}")
-        self.timeout = table.timeout_ms / 1000
-        self.choose_endpoint(table)
-        seconds, reason = read_backoff(self.directory, self.url)
-        if seconds and not self.is_by_hand:
-            raise NotSent(f"back-off for {seconds} s more: {reason}")
+    def read_backoff(self, url: str) -> str:
+        """Return how long a back-off for url still takes, and why; "" where there is none."""
+        try:
+            modified = os.stat(self.backoff_path).st_mtime
+            text = read_file(self.backoff_path, MAX_BODY_BYTES).decode()
+        except (OSError, ValueError):
+            return ""
+        age = time.time() - modified
+        stored_url, _, reason = text.partition("\n")
+        if stored_url != url or not 0 <= age < BACKOFF_SECONDS:
+            return ""
+        return f"{int(BACKOFF_SECONDS - age) + 1} s more: {make_printable(reason)}"
 
-    def write_backoff(self, reason: str) -> None:
-        write_file(os.path.join(self.directory, "backoff"), f"{self.url}\n{reason}\n".encode())
+    def check_backoff(self, url: str) -> None:
+        """Raise NotSent while a back-off for url runs."""
+        backoff = self.read_backoff(url)
+        if backoff:
+            raise NotSent(f"back-off for {backoff}")
+
+    def write_backoff(self, url: str, reason: str) -> None:
+        """Begin ten minutes in which nothing is sent to url. Raise OSError."""
+        write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
+
+
+# The client: one collector
 
 
 class OtlpClient:
-    """The session state of one process, without a queue: a send beyond four is dropped."""
+    """One collector: the URL for metrics, the headers that are added, the timeout in seconds."""
+
+    def __init__(self, url: str, headers: "dict[str, str]", timeout: float) -> None:
+        self.url = url
+        self.headers = headers
+        self.timeout = timeout
+
+    def build_request(self, body: bytes) -> "urllib.request.Request":
+        """Return a request that names each header that will be on the wire."""
+        import urllib.request
+
+        headers = {
+            "Accept-Encoding": "identity",
+            **self.headers,
+            "User-Agent": f"trix-telemetry/{__version__}",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Host": self.url.split("/")[2],
+            "Connection": "close",
+        }
+        return urllib.request.Request(self.url, body, headers, method="POST")
+
+    def post(self, body: bytes, deadline: float) -> "HTTPResponse":
+        """Return the response, whatever its status; `deadline` is one of the monotonic clock.
+
+        Raise OSError, ValueError, http.client.HTTPException.
+        """
+        request = self.build_request(body)
+        if not self.url.startswith("https:"):
+            return open_request(request, None, deadline)
+        import ssl
+        import urllib.error
+
+        directory = find_hashed_directory()
+        if directory is not None:
+            context = ssl.create_default_context(capath=directory)
+            try:
+                return open_request(request, context, deadline)
+            except urllib.error.URLError as error:
+                # The bundle may know an authority that the directory does not.
+                if not isinstance(error.reason, ssl.SSLCertVerificationError):
+                    raise
+        return open_request(request, ssl.create_default_context(), deadline)
+
+
+def find_hashed_directory() -> "str | None":
+    """Return the system's directory of authorities with hashed names, None where there is none.
+
+    OpenSSL reads the one authority that it needs; to parse a bundle of all takes 25 ms.
+    """
+    import ssl
+
+    paths = ssl.get_default_verify_paths()
+    # Who names a bundle means that bundle.
+    if not paths.capath or os.environ.get(paths.openssl_cafile_env):
+        return None
+    names = os.listdir(paths.capath)
+    return paths.capath if any(name.endswith(".0") for name in names) else None
+
+
+def open_request(
+    request: "urllib.request.Request", context: "ssl.SSLContext | None", deadline: float
+) -> "HTTPResponse":
+    import urllib.request
+
+    # Of its own, since the usual opener follows redirects and opens files. No debug level of the
+    # host counts.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(find_proxies()))
+    opener.add_handler(urllib.request.UnknownHandler())
+    opener.add_handler(urllib.request.HTTPHandler(debuglevel=0))
+    if context is not None:
+        opener.add_handler(urllib.request.HTTPSHandler(debuglevel=0, context=context))
+    remaining = max(deadline - time.monotonic(), 0.001)
+    response: HTTPResponse = opener.open(request, timeout=remaining)
+    return response
+
+
+def find_proxies() -> "dict[str, str]":
+    import urllib.request
+
+    # On macOS the look-up in the system's settings is not safe beside a fork.
+    if sys.platform == "darwin":
+        return urllib.request.getproxies_environment()
+    return urllib.request.getproxies()
+
+
+def configure_client(
+    settings: Settings, config: TelemetryConfig, requested: "str | None" = None
+) -> OtlpClient:
+    """Return the client for the requested endpoint, else that of the environment, of config.toml,
+    of the tool. An empty one counts, too: it means nowhere. Raise NotSent, InvalidSetting."""
+    variable = f"{settings.environment}_ENDPOINT"
+    headers = select_headers(config.otlp_headers)
+    if requested is not None:
+        base, source = requested, "--endpoint"
+    elif variable in os.environ:
+        base, source = os.environ[variable], variable
+    elif config.otlp_endpoint is not None:
+        base, source = config.otlp_endpoint, "telemetry.otlp_endpoint"
+    else:
+        base, source = settings.endpoint, "endpoint of the tool"
+        # The headers of the tool go to its own endpoint alone.
+        headers = select_headers(settings.headers or {}) | headers
+    if not base:
+        raise NotSent(f"there is no endpoint: {source} is empty")
+    return OtlpClient(parse_endpoint(base, source), headers, config.timeout_ms / 1000)
+
+
+# The first run: whether there may be one, and what a person is told
+
+
+def check_owner(path: str) -> None:
+    """Raise NotSent where this is root, and a directory or link on the way to path is not root's.
+
+    Whoever owns a directory can turn each path in it into a link to a file of root's.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return
+    parent = os.path.dirname(path)
+    if parent != path:
+        check_owner(parent)
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(found.st_mode):
+        check_owner(os.path.join(parent, os.readlink(path)))
+    if found.st_uid != 0 and not stat.S_ISREG(found.st_mode):
+        raise NotSent(f"{path} belongs to user {found.st_uid}, and this is root")
+
+
+def check_first_run(settings: Settings, storage: Storage) -> None:
+    """Raise NotSent where config.toml, which is missing, may not or cannot be created."""
+    if settings.opt_in:
+        raise NotSent(f"it is opt-in, and {storage.config_path} does not exist")
+    if os.environ.get("CI", "").lower() not in FALSE_WORDS:
+        raise NotSent(f"CI is set, and {storage.config_path} does not exist")
+    check_creatable(storage.config_path)
+
+
+def check_creatable(path: str) -> None:
+    """Raise NotSent where a missing file cannot be created."""
+    nearest = path
+    while not os.path.lexists(nearest) and nearest != os.path.dirname(nearest):
+        nearest = os.path.dirname(nearest)
+    if os.path.islink(nearest) and not os.path.exists(nearest):
+        raise NotSent(f"{nearest} is a link that leads nowhere")
+    if not os.access(nearest, os.W_OK):
+        raise NotSent(f"{path} cannot be created: {nearest} is not writable")
+
+
+def format_notice(settings: Settings, storage: Storage, url: str) -> str:
+    if settings.prog:
+        inspect = f"{settings.prog} status"
+        disable = f"{settings.prog} disable"
+    else:
+        inspect = f"set {settings.environment}_DEBUG=1"
+        disable = f"enabled = false in\n             {storage.config_path}"
+    lines = [
+        f"{settings.service_name} sends anonymous usage telemetry: the name of each command,",
+        "the version and a random fingerprint, never arguments, paths or file contents.",
+        "This command is the first to be counted. This notice is shown once.",
+        f"  Sent to:   {url}",
+        f"  Inspect:   {inspect}",
+        f"  Turn off:  set {settings.environment}=0 or DO_NOT_TRACK=1,",
+        f"             or {disable}",
+    ]
+    if settings.docs_url:
+        lines.append(f"  Read more: {settings.docs_url}")
+    return "\n".join(lines)
+
+
+def run_first(settings: Settings, storage: Storage, url: str) -> bytes:
+    """Create config.toml, show the notice, and return the config. Raise NotSent, OSError."""
+    try:
+        storage.create_config()
+        write_stderr(format_notice(settings, storage, url))
+    except FileExistsError:
+        # Of many first runs at one moment another one tells.
+        return storage.read_config() or b""
+    except BaseException:
+        # Nobody was told, so nobody is counted; also after a Ctrl-C.
+        if storage.read_config() == NEW_CONFIG:
+            delete_file(storage.config_path)
+        raise
+    return NEW_CONFIG
+
+
+# The thread: from a call to the response
+
+
+class Call:
+    """One call of track_command_execution: what is counted for whom, and when it was made, in
+    Unix nanoseconds and in seconds of the monotonic clock."""
+
+    def __init__(self, settings: Settings, command: str) -> None:
+        self.settings = settings
+        self.command = command
+        self.time_ns = time.time_ns()
+        self.moment = time.monotonic()
+
+
+class Delivery:
+    """One data point on its way to the collector, with a thread of its own."""
+
+    def __init__(
+        self, session: "Session", call: Call, storage: Storage, config_data: bytes
+    ) -> None:
+        import threading
+
+        self.session = session
+        self.call = call
+        self.storage = storage
+        self.config_data = config_data
+        self.client: OtlpClient | None = None
+        self.error: Exception | None = None
+        self.deadline = call.moment + DEFAULT_TIMEOUT_MS / 1000
+        # Set when all is imported and prepared: from here on, there is only the network.
+        self.is_prepared = threading.Event()
+        self.caller_id = threading.get_native_id()
+        self.thread = threading.Thread(target=self.run, name="telemetry", daemon=True)
+
+    def run(self) -> None:
+        # The caller goes on at once; else it waits for the interpreter's switch interval of 5 ms.
+        time.sleep(0.001)
+        try:
+            client, body = self.prepare()
+            self.is_prepared.set()
+            self.send(client, body)
+        except Exception as error:
+            # The host learns of no failure; `track` shows it to the person who asks.
+            self.error = error
+        finally:
+            self.is_prepared.set()
+            self.session.deliveries.remove(self)
+
+    def prepare(self) -> "tuple[OtlpClient, bytes]":
+        """Do all but the network. Raise NotSent, ImportError."""
+        block_signals(self.caller_id)
+        import_modules("re", "urllib.parse")
+        if self.config_data != NEW_CONFIG:
+            import_modules("tomllib")
+        try:
+            config = parse_config(self.config_data)
+            check_enabled(config)
+            client = configure_client(self.call.settings, config)
+        except InvalidSetting as error:
+            self.session.warn(error)
+            raise
+        self.deadline = self.call.moment + client.timeout
+        self.storage.check_backoff(client.url)
+        import_network(client.url)
+        fingerprint = self.session.identify(self.storage)
+        body = self.session.encode(self.call, fingerprint)
+        self.client = client
+        return client, body
+
+    def send(self, client: OtlpClient, body: bytes) -> None:
+        """Post the data point. Raise NotSent, and what OtlpClient.post raises."""
+        # The host may have become a daemon by now.
+        check_streams()
+        with client.post(body, self.deadline) as response:
+            self.receive(response)
+        if response.status in (429, 503):
+            reason = f"the collector answered HTTP {response.status}"
+            self.storage.write_backoff(client.url, reason)
+
+    def receive(self, response: "HTTPResponse") -> None:
+        response.read1(MAX_BODY_BYTES)
+
+    def remaining(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def wait(self) -> float:
+        """Wait for the end, not past the deadline. Return the seconds waited for the network."""
+        self.is_prepared.wait(self.remaining())
+        began = time.monotonic()
+        while self.thread.is_alive() and self.remaining() > 0:
+            self.thread.join(min(WAIT_SECONDS, self.remaining()))
+        return time.monotonic() - began
+
+
+def block_signals(caller_id: int) -> None:
+    """Leave the signals to the threads of the host."""
+    import_modules("signal")
+    import signal
+    import threading
+
+    # With gevent and eventlet this is the caller's own thread.
+    if threading.get_native_id() == caller_id:
+        return
+    if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+
+def import_modules(*names: str) -> None:
+    """Import what is used later, so that nothing is left to import. Raise ImportError."""
+    from importlib import import_module
+
+    for name in names:
+        try:
+            import_module(name)
+        except (ImportError, AttributeError):
+            # Of two threads that import the same modules one can meet a half-made one.
+            import_module(name)
+
+
+def import_network(url: str) -> None:
+    """Import what encoding and sending use, which takes 30 ms. Raise ImportError."""
+    import_modules("json", "hashlib", "socket", "encodings.idna", "urllib.request")
+    if url.startswith("https:"):
+        import_modules("ssl")
+    if sys.platform == "win32":
+        import_modules("winreg")
+
+
+# The session: the one handle of a process
+
+
+class Session:
+    """What the deliveries of one process share. There is no queue."""
 
     def __init__(self) -> None:
-        import atexit
         import threading
 
         # Reentrant: a signal handler may track while the thread that it interrupts does.
-        self.lock, self.importing, self.naming = (threading.RLock() for _ in range(3))
+        self.lock = threading.RLock()
         self.deliveries: list[Delivery] = []
-        self.interval_end, self.fingerprint = 0, ""
-        self.is_closed = self.has_warned = False
-        atexit.register(self.close)
-        if sys.platform != "win32" and hasattr(os, "register_at_fork"):
-            done = self.importing.release
-            os.register_at_fork(before=self.hold_imports, after_in_parent=done, after_in_child=done)
+        self.interval_end = 0
+        self.fingerprint = ""
+        self.has_warned = False
 
     def start(self, delivery: Delivery) -> None:
-        """Start a thread. Raise NotSent, and RuntimeError where threads cannot start."""
+        """Start the delivery's thread. Raise NotSent; RuntimeError where threads cannot start."""
         import threading
 
         with self.lock:
-            if len(self.deliveries) >= MAX_SENDS or not threading.main_thread().is_alive():
-                raise NotSent(f"{MAX_SENDS} sends are under way, or the process is ending")
+            if len(self.deliveries) >= MAX_DELIVERIES:
+                raise NotSent(f"{MAX_DELIVERIES} deliveries are under way")
+            if not threading.main_thread().is_alive():
+                raise NotSent("the process is ending")
             # Before the start, which a signal handler that tracks may interrupt.
             self.deliveries.append(delivery)
-            thread = threading.Thread(None, self.run, "telemetry", (delivery,), daemon=True)
-            failure = catch(thread.start)
-            if failure:
+            try:
+                delivery.thread.start()
+            except RuntimeError:
                 self.deliveries.remove(delivery)
-                raise failure
-            delivery.thread = thread
+                raise
 
-    def run(self, delivery: Delivery) -> None:
-        # The caller goes on at once; else it waits for the interpreter's switch interval of 5 ms.
-        time.sleep(0.001)
-        delivery.error = catch(self.deliver, delivery)
-        catch(self.warn, delivery.error)
-        catch(self.deliveries.remove, delivery)
-
-    def deliver(self, delivery: Delivery) -> None:
-        """Go from the config to the response. Raise NotSent, and what `post` raises."""
-        self.load("signal")
-        import signal
-
-        # They belong to the threads of the host.
-        if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self.load("urllib.parse", *["tomllib"] * (delivery.config != NEW_CONFIG))
-        # Python 3.15 imports a part of tomllib when it parses.
-        with self.importing:
-            delivery.resolve()
-        self.load("json", "hashlib", "socket")
-        body = self.encode(delivery, self.identify(delivery.directory))
-        self.load("email.parser", "http.client", "tempfile", "encodings.idna", "urllib.request")
-        request = build_request(delivery.url, delivery.headers, body)
-        check_opt_out(delivery.settings)
-        delivery.is_connecting = True
-        delivery.response = post(request, delivery)
-        if delivery.response[0] in (429, 503):
-            delivery.write_backoff(f"the collector answered HTTP {delivery.response[0]}")
-
-    def load(self, *names: str) -> None:
-        """Import modules, none while the process forks or ends: a half-made one holds up others."""
-        for name in names:
-            with self.importing:
-                if self.is_closed:
-                    raise NotSent("the process is ending")
-                try:
-                    __import__(name)
-                except (ImportError, AttributeError):
-                    # Of two threads that import the same modules one can meet a half-made one.
-                    __import__(name)
-
-    def encode(self, delivery: Delivery, fingerprint: str) -> bytes:
+    def encode(self, call: Call, fingerprint: str) -> bytes:
         """Return the body, whose interval begins after that of the last point."""
-        settings = delivery.settings
         with self.lock:
-            start = max(delivery.called, self.interval_end)
-            end = self.interval_end = max(time.time_ns(), start + MIN_INTERVAL_NS)
-        resource = {
-            "service.name": settings.service_name,
-            "service.version": settings.service_version,
-            "user.fingerprint": fingerprint,
-        }
-        return CommandMetric(settings.metric_name, delivery.command, start, end).encode(resource)
+            start = max(call.time_ns, self.interval_end)
+            end = max(time.time_ns(), start + MIN_INTERVAL_NS)
+            self.interval_end = end
+        metric = CommandMetric(call.settings.metric_name, call.command, start, end)
+        return metric.encode(describe_resource(call.settings, fingerprint))
 
-    def identify(self, directory: str, is_dry: bool = False) -> str:
+    def identify(self, storage: Storage) -> str:
         """Return the stored fingerprint, made where there is none, or one of this process."""
-        path = os.path.join(directory, "fingerprint")
-        stored = read_fingerprint(path)
+        stored = storage.read_fingerprint()
         if stored:
             return stored
-        with self.naming:
-            self.fingerprint = fingerprint = self.fingerprint or make_fingerprint()
-            if is_dry:
-                return fingerprint
-            catch(write_file, path, fingerprint.encode(), place_fingerprint)
-            stored = read_fingerprint(path)
-            self.fingerprint = "" if stored else fingerprint
-            return stored or fingerprint
+        proposed = self.propose_fingerprint()
+        try:
+            storage.write_fingerprint(proposed)
+        except OSError:
+            # Of many first writers another one won, or the disk cannot be written.
+            pass
+        stored = storage.read_fingerprint()
+        if stored:
+            # After a `reset` the next one is a new one.
+            self.fingerprint = ""
+        return stored or proposed
 
-    def warn(self, error: "Exception | None") -> None:
+    def propose_fingerprint(self) -> str:
+        """Return the fingerprint that this process stores where there is none."""
+        with self.lock:
+            self.fingerprint = self.fingerprint or make_fingerprint()
+            return self.fingerprint
+
+    def warn(self, error: InvalidSetting) -> None:
         """Log an invalid setting, once, where the host has imported logging."""
         logging = sys.modules.get("logging")
-        if logging and isinstance(error, InvalidSetting) and not self.has_warned:
-            self.has_warned = True
-            logger = logging.getLogger(__name__)
-            # Without a handler, logging would write to stderr.
-            logger.addHandler(logging.NullHandler())
-            logger.warning("telemetry is off: %s", error)
+        if logging is None or self.has_warned:
+            return
+        self.has_warned = True
+        logger = logging.getLogger(__name__)
+        # Without a handler, logging would write to stderr.
+        logger.addHandler(logging.NullHandler())
+        logger.warning("telemetry is off: %s", error)
 
     def close(self) -> None:
-        """Wait at exit for the sends under way; a signal ends the wait."""
-        try:
-            catch(self.wait)
-        except (KeyboardInterrupt, SystemExit):
-            pass
-        self.is_closed = True
-        # An import under way comes to its end.
-        if self.importing.acquire(timeout=0.1):
-            self.importing.release()
-
-    def wait(self) -> None:
-        """Wait until each response or deadline; write the back-off if the network took long."""
-        # The readers of the host's pipes have all output before the wait.
-        catch(lambda: sys.stdout.flush())
-        catch(lambda: sys.stderr.flush())
+        """Wait for each delivery; write a back-off where the network took long. Raise OSError."""
         waited = 0.0
-        for delivery in [*self.deliveries]:
-            while delivery.thread and delivery.thread.is_alive() and delivery.remaining() > 0:
-                is_network, began = delivery.is_connecting, time.monotonic()
-                delivery.thread.join(min(POLL_SECONDS, delivery.remaining()))
-                elapsed = time.monotonic() - began
-                waited += elapsed if is_network and elapsed < LATE_SECONDS else 0
-            if delivery.is_connecting and waited > delivery.timeout / 2:
-                delivery.write_backoff(f"a command waited {waited:.1f} s for the network")
+        for delivery in list(self.deliveries):
+            waited += delivery.wait()
+            client = delivery.client
+            if client is not None and waited > client.timeout / 2:
+                reason = f"a command waited {waited:.1f} s for the network"
+                delivery.storage.write_backoff(client.url, reason)
 
-    def hold_imports(self) -> None:
-        """Let the import under way end before a fork."""
-        import threading
-
+    def wait_for_imports(self) -> None:
+        """Wait, half a second at most, until no delivery imports any more: an import that a fork
+        or the end of the process cuts off leaves a lock for which others would wait for ever."""
+        deadline = time.monotonic() + MAX_IMPORT_SECONDS
         try:
-            self.importing.acquire()
-        except BaseException as error:
-            # What is raised here is lost, so a thread raises it again after the fork.
-            catch(self.importing.release)
-            self.hold_imports()
-            threading.Thread(target=self.interrupt, args=(error,), daemon=True).start()
-
-    def interrupt(self, error: BaseException) -> None:
-        import signal
-
-        with self.importing:
-            time.sleep(0.01)
-            os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[isinstance(error, SystemExit)])
+            for delivery in list(self.deliveries):
+                if delivery.thread.is_alive():
+                    delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
+        except (KeyboardInterrupt, SystemExit):
+            # A signal ends the wait. Python would print it here, and raise it nowhere.
+            pass
 
 
-clients: "dict[int, OtlpClient]" = {}
+# What a tool calls
+
+
 current_settings = Settings()
+current_session: "Session | None" = None
+has_hooks = False
 
 
-def get_client() -> OtlpClient:
+def get_session() -> Session:
     """Return the one handle of this process; a forked child makes its own."""
-    pid = os.getpid()
-    return clients.get(pid) or clients.setdefault(pid, OtlpClient())
+    global current_session
+    if current_session is None:
+        session = Session()
+        register_hooks()
+        # Another thread may have been quicker.
+        if current_session is None:
+            current_session = session
+    return current_session
 
 
-def preview(delivery: Delivery) -> str:
-    """Return the request as on the wire, the values of the added headers hidden."""
-    client = get_client()
-    body = client.encode(delivery, client.identify(delivery.directory, is_dry=True))
-    request = build_request(delivery.url, delivery.headers, body)
-    shown = dict(request.header_items())
-    shown |= {name.capitalize(): "(hidden)" for name in delivery.headers}
-    lines = [f"{name.title()}: {value}" for name, value in shown.items()]
-    return "\n".join([f"POST {request.selector} HTTP/1.1", *lines, "", body.decode()])
-
-
-def track(delivery: Delivery) -> None:
-    """Start the delivery; with _DEBUG show what it would send. Raise NotSent, OSError."""
-    if os.environ.get(f"{delivery.settings.environment}_DEBUG", "").lower() in NO:
-        delivery.prepare()
-        get_client().start(delivery)
+def register_hooks() -> None:
+    global has_hooks
+    if has_hooks:
         return
-    reason = catch(delivery.prepare, True) or catch(delivery.resolve)
-    text = f"telemetry is off: {reason}" if reason else f"telemetry would send\n{preview(delivery)}"
-    write_stderr(f"{delivery.settings.service_name}: {text}")
+    import atexit
+
+    atexit.register(close_session)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=prepare_fork, after_in_child=forget_session)
+    has_hooks = True
+
+
+def prepare_fork() -> None:
+    if current_session is not None:
+        current_session.wait_for_imports()
+
+
+def forget_session() -> None:
+    global current_session
+    current_session = None
+
+
+def close_session() -> None:
+    """Wait at exit for the deliveries under way."""
+    if current_session is None:
+        return
+    # Who reads the host's pipes has all of the output before the wait.
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
+    try:
+        current_session.close()
+    except Exception:
+        # Python would print it as the host's own failure.
+        pass
+    except (KeyboardInterrupt, SystemExit):
+        # A signal ends the wait.
+        pass
+    current_session.wait_for_imports()
+
+
+def check_call(call: Call) -> None:
+    """Raise NotSent where nothing is sent, whatever config.toml says."""
+    check_settings(call.settings)
+    check_opt_out(call.settings)
+    check_streams()
+    check_command(call.command, call.settings.commands)
+
+
+def start_delivery(call: Call) -> "threading.Thread":
+    """Start the thread that delivers; on the first run of the tool, create its config.
+
+    Raise NotSent, OSError, RuntimeError.
+    """
+    settings = call.settings
+    check_call(call)
+    storage = Storage(find_directory(settings))
+    found = storage.read_config()
+    config_data = NEW_CONFIG if found is None else found
+    check_text(settings, config_data)
+    check_owner(storage.config_path)
+    if found is None:
+        check_first_run(settings, storage)
+        client = configure_client(settings, TelemetryConfig({}))
+        config_data = run_first(settings, storage, client.url)
+    session = get_session()
+    delivery = Delivery(session, call, storage, config_data)
+    session.start(delivery)
+    return delivery.thread
+
+
+def check_text(settings: Settings, config_data: bytes) -> None:
+    """Raise NotSent where no parser is needed to know that nothing is sent."""
+    if b"true" not in config_data:
+        raise NotSent("config.toml does not say enabled = true")
+    endpoint = os.environ.get(f"{settings.environment}_ENDPOINT")
+    if endpoint is None:
+        # A key has its name in the text, or a backslash in it.
+        text = config_data.replace(b"# otlp_endpoint", b"")
+        may_be_named = b"endpoint" in text or b"\\" in text
+        endpoint = settings.endpoint or may_be_named
+    if not endpoint:
+        raise NotSent("there is no endpoint")
+
+
+def plan_delivery(call: Call, requested: "str | None" = None) -> OtlpClient:
+    """Return the client that start_delivery would send with, and make nothing.
+
+    `requested` is an endpoint in place of the configured one. Raise NotSent, ImportError.
+    """
+    settings = call.settings
+    check_call(call)
+    storage = Storage(find_directory(settings))
+    found = storage.read_config()
+    check_owner(storage.config_path)
+    if found is None:
+        check_first_run(settings, storage)
+        found = NEW_CONFIG
+    config = parse_config(found)
+    check_enabled(config)
+    client = configure_client(settings, config, requested)
+    import_network(client.url)
+    return client
+
+
+def format_preview(call: Call, client: OtlpClient) -> str:
+    """Return the request as on the wire, the values of the added headers hidden."""
+    body = get_session().encode(call, find_fingerprint(call.settings))
+    request = client.build_request(body)
+    hidden = [name.lower() for name in client.headers]
+    lines = [f"POST {request.selector} HTTP/1.1"]
+    for name, value in request.header_items():
+        shown = "(hidden)" if name.lower() in hidden else value
+        lines.append(f"{name.title()}: {shown}")
+    return "\n".join([*lines, "", body.decode()])
+
+
+def find_fingerprint(settings: Settings) -> str:
+    """Return the stored fingerprint, else the one that the next send of this process stores."""
+    try:
+        check_settings(settings)
+        stored = Storage(find_directory(settings)).read_fingerprint()
+    except NotSent:
+        stored = ""
+    return stored or get_session().propose_fingerprint()
+
+
+def explain_delivery(call: Call) -> str:
+    """Return what would be sent, or why nothing would."""
+    try:
+        client = plan_delivery(call)
+        Storage(find_directory(call.settings)).check_backoff(client.url)
+    except (NotSent, ImportError, OSError) as error:
+        return f"{call.settings.service_name}: telemetry is off: {describe_error(error)}"
+    return f"{call.settings.service_name}: telemetry would send\n{format_preview(call, client)}"
 
 
 def track_command_execution(name: str) -> "threading.Thread | None":
@@ -714,11 +1177,13 @@ def track_command_execution(name: str) -> "threading.Thread | None":
     At exit the process waits for what is left of `timeout_ms` since the call.
     """
     try:
-        delivery = Delivery(current_settings, name)
-        catch(track, delivery)
-        return delivery.thread
-    except TypeError:
-        # The interpreter is ending and has cleared this module.
+        call = Call(current_settings, name)
+        if is_debugging(call.settings):
+            write_stderr(explain_delivery(call))
+            return None
+        return start_delivery(call)
+    except Exception:
+        # No failure reaches the host; also when the interpreter has cleared this module at its end.
         return None
 
 
@@ -738,292 +1203,482 @@ def initialize_telemetry(
 ) -> None:
     """Say which tool this is, in place of the values of `Settings`, which explain each argument.
 
-    The last call before a track decides. A value of a wrong type raises nothing: telemetry is off.
+    The last call before a track decides. A value that cannot be used raises nothing: telemetry is
+    off, and `status` names it.
     """
     global current_settings
-    slug = "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in str(service_name))
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    base = base if os.path.isabs(base) else "~/.config"
-    path = f"{base}/{slug}/telemetry" if directory is None else directory
+    slug = make_slug(service_name)
     settings = Settings()
-    settings.service_name, settings.service_version = service_name, service_version
-    settings.endpoint, settings.headers = endpoint, headers
+    settings.service_name = service_name
+    settings.service_version = service_version
+    settings.endpoint = endpoint
     settings.metric_name = f"{slug}_command_invocation" if metric_name is None else metric_name
-    settings.directory = os.fspath(path) if isinstance(path, os.PathLike) else path
     settings.environment = f"{slug.upper()}_TELEMETRY" if environment is None else environment
-    settings.prog, settings.docs_url = prog or "", docs_url or ""
-    settings.commands, settings.opt_in = commands, opt_in
+    settings.prog = prog or ""
+    settings.commands = commands
+    settings.headers = headers
+    settings.docs_url = docs_url or ""
+    settings.opt_in = opt_in
+    if directory is None:
+        settings.directory = choose_directory(slug)
+    elif isinstance(directory, os.PathLike):
+        settings.directory = os.fspath(directory)
+    else:
+        settings.directory = directory
     current_settings = settings
+
+
+def make_slug(service_name: str) -> str:
+    """Return ASCII letters and digits in lower case, all else as `_`."""
+    return "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in str(service_name))
+
+
+def choose_directory(slug: str) -> str:
+    """Return the directory of a tool that names none."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    if os.path.isabs(base):
+        return f"{base}/{slug}/telemetry"
+    path = f"~/.config/{slug}/telemetry"
+    # Version 2 kept it there on Windows, too: who turned it off stays off.
+    if os.name == "nt" and not os.path.isdir(os.path.expanduser(path)):
+        base = os.environ.get("APPDATA") or "~/AppData/Roaming"
+        path = f"{base}/{slug}/telemetry"
+    return path
 
 
 def get_user_fingerprint() -> str:
     """Return the stored fingerprint, 1 to 64 hex digits, else the one that the next send stores."""
-    delivery = Delivery(current_settings, "")
-    catch(delivery.read_config, True)
-    return get_client().identify(delivery.directory, is_dry=True)
+    return find_fingerprint(current_settings)
 
 
-# The command line: from here on, nothing runs inside a host tool.
+# The command line: from here on, nothing runs inside a host tool
 
 
 class CommandError(Exception):
     """A command failed, and why."""
 
 
-def make_printable(text: object) -> str:
-    """Return foreign text as one line without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in str(text).strip()[:1000])
+def show(text: str) -> None:
+    """Print text; what the encoding of standard output lacks is escaped. Raise OSError."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def examine(settings: Settings) -> "tuple[Delivery, dict[str, Any]]":
-    """Return a delivery that is not made, and what `status` shows. Raise InvalidSetting."""
-    check_settings(settings)
-    delivery = Delivery(settings, min(settings.commands or ["build"]))
-    delivery.is_by_hand = True
-    found = [catch(check_opt_out, settings), catch(delivery.read_config, True)]
-    found += [catch(delivery.resolve), catch(__import__, "http.client")]
-    parent = directory = delivery.directory
-    while not os.path.lexists(parent) and parent != os.path.dirname(parent):
-        parent = os.path.dirname(parent)
-    if not os.path.exists(delivery.path) and not os.access(os.path.join(parent, ""), os.W_OK):
-        found.append(NotSent(f"{directory} cannot be written: {parent} is not writable"))
-    reasons = [make_printable(problem) for problem in found if problem]
-    found.append(catch(delivery.choose_endpoint, delivery.table or TelemetryConfig({})))
-    invalid = {make_printable(each) for each in found if isinstance(each, InvalidSetting)}
-    variable, prog = settings.environment, settings.prog
-    seconds, cause = read_backoff(directory, delivery.url)
-    return delivery, {
-        "tool": settings.service_name,
-        "state": "off" if reasons else "on",
-        "reason": [*reasons, ""][0],
-        "invalid": "; ".join(sorted(invalid)),
-        "endpoint": delivery.url,
-        "encrypted": "no" * delivery.url.startswith("http:"),
-        "fingerprint": read_fingerprint(os.path.join(directory, "fingerprint")),
-        "back-off": f"{seconds} s more: {cause}" * bool(seconds),
-        "config": os.path.join(directory, "config.toml") if delivery.path else "",
-        "change": f"{prog} enable, {prog} disable" if prog else "`enabled` in the config",
-        "variables": f"DO_NOT_TRACK=1, {variable}=0, {variable}_DEBUG=1",
-        "read more": settings.docs_url,
+def show_error(text: str) -> None:
+    # Without standard error, print would write to standard output.
+    if sys.stderr is None:
+        return
+    try:
+        print(text, file=sys.stderr)
+    except (OSError, ValueError):
+        # It is closed, and there is no other place.
+        pass
+
+
+def get_sample_command(settings: Settings) -> str:
+    return min(settings.commands or ["build"])
+
+
+def guess_client(settings: Settings) -> OtlpClient:
+    """Return the client of a tool whose telemetry may be off. Raise NotSent."""
+    try:
+        found = Storage(find_directory(settings)).read_config()
+        config = parse_config(NEW_CONFIG if found is None else found)
+    except (NotSent, ImportError):
+        config = TelemetryConfig({})
+    return configure_client(settings, config)
+
+
+def find_reason(settings: Settings) -> "tuple[str | None, bool]":
+    """Return why telemetry is off, None where it is on, and whether a setting is invalid."""
+    try:
+        check_settings(settings)
+        plan_delivery(Call(settings, get_sample_command(settings)))
+    except (NotSent, ImportError, OSError) as error:
+        return describe_error(error), isinstance(error, InvalidSetting)
+    return None, False
+
+
+def collect_facts(settings: Settings, reason: "str | None") -> "dict[str, Any]":
+    """Return what `status` shows, None for what there is not."""
+    facts: dict[str, Any] = {
+        "tool": make_printable(str(settings.service_name)),
+        "enabled": reason is None,
+        "reason": reason,
+        "endpoint": None,
+        "encrypted": None,
+        "fingerprint": None,
+        "backoff": None,
+        "config": None,
+        "docs_url": settings.docs_url or None,
     }
+    try:
+        check_settings(settings)
+        storage = Storage(find_directory(settings))
+        facts["config"] = storage.config_path
+        facts["fingerprint"] = storage.read_fingerprint() or None
+        url = guess_client(settings).url
+        facts["endpoint"] = url
+        facts["encrypted"] = url.startswith("https:")
+        facts["backoff"] = storage.read_backoff(url) or None
+    except NotSent:
+        # The reason says it.
+        pass
+    return facts
 
 
-def run_status(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
+def format_status(settings: Settings, facts: "dict[str, Any]") -> str:
+    if facts["enabled"]:
+        first = f"Telemetry of {facts['tool']} is on"
+    else:
+        first = f"Telemetry of {facts['tool']} is off: {facts['reason']}"
+    endpoint = facts["endpoint"] or "none"
+    if facts["encrypted"] is False:
+        endpoint = f"{endpoint} (not encrypted)"
+    change = "`enabled` in the config"
+    if settings.prog:
+        change = f"{settings.prog} enable, {settings.prog} disable"
+    variable = settings.environment
+    rows = {
+        "Endpoint": endpoint,
+        "Fingerprint": facts["fingerprint"] or "none",
+        "Back-off": facts["backoff"],
+        "Config": facts["config"],
+        "Change": change,
+        "Variables": f"DO_NOT_TRACK=1, {variable}=0, {variable}_DEBUG=1",
+        "Read more": facts["docs_url"],
+    }
+    return "\n".join([first, *(f"  {label:<13}{text}" for label, text in rows.items() if text)])
+
+
+def run_status(settings: Settings, options: "argparse.Namespace") -> int:
     import json
 
-    try:
-        facts = examine(settings)[1]
-    except InvalidSetting as error:
-        tool = make_printable(settings.service_name)
-        facts = {"tool": tool, "state": "off", "reason": str(error), "invalid": str(error)}
-    code = int(facts["invalid"] != "")
-    if options.json:
-        return json.dumps(facts, indent=2), code
-    tool, state, reason, *_ = facts.values()
-    lines = [f"Telemetry of {tool} is {state}: {reason}".removesuffix(": ")]
-    for label, text in list(facts.items())[3:]:
-        if label in ("endpoint", "fingerprint") or text not in ("", reason):
-            lines.append(f"  {label.capitalize():<13}{text or 'none'}")
-    return "\n".join(lines), code
+    reason, is_invalid = find_reason(settings)
+    facts = collect_facts(settings, reason)
+    show(json.dumps(facts, indent=2) if options.json else format_status(settings, facts))
+    return 1 if is_invalid else 0
 
 
 def list_edits(text: str, value: str) -> "Iterator[str]":
-    """Yield texts of which one may have `enabled` set and nothing else changed."""
+    """Yield texts of which one may have telemetry.enabled set and nothing else changed."""
     import re
 
     newline = "\r\n" if "\r\n" in text else "\n"
     line = f"enabled = {value}{newline}"
-    for header in re.finditer(r"(?m)^[ \t]*\[[ \t]*telemetry[ \t]*\].*(\n|\Z)", text):
-        before, after = text[: header.end()], text[header.end() :]
-        yield before + re.sub(
-            r"(?m)^(\s*enabled\s*=\s*)(true|false)", rf"\g<1>{value}", after, count=1
-        )
-        yield f"{before}{newline * (not header[1])}{line}{after}"
-    gap = newline * (1 + bool(text and not text.endswith("\n")))
-    yield f"{text}{gap}[telemetry]{newline}{line}"
+    # Another value for each key in turn, however it is spelled.
+    start = max(text.find("telemetry"), 0)
+    for match in re.compile(r"=[ \t]*(true|false)\b").finditer(text, start):
+        yield text[: match.start(1)] + value + text[match.end(1) :]
+    # A new line below the header.
+    for match in re.finditer(r"(?m)^[ \t]*\[[ \t]*[\"']?telemetry[\"']?[ \t]*\].*(\n|\Z)", text):
+        before = text[: match.end()]
+        if not before.endswith("\n"):
+            before += newline
+        yield before + line + text[match.end() :]
+    # A new table at the end.
+    if text and not text.endswith("\n"):
+        text += newline
+    yield f"{text}{newline}[telemetry]{newline}{line}"
 
 
-def edit_config(config: bytes, enabled: bool) -> bytes:
-    """Return config with `enabled` set and every other byte kept. Raise what says why not."""
+def edit_config(data: bytes, is_enabled: bool) -> bytes:
+    """Return config.toml with `enabled` set and every other byte kept.
+
+    Raise InvalidSetting where it is damaged, CommandError where the text is too unusual.
+    """
     # Floats as text, for nan is not equal to itself.
-    before = parse_toml(config, str)
+    before = parse_toml(data, str)
     table = before.get("telemetry", {})
-    TelemetryConfig({"enabled": table.get("enabled", True)} if isinstance(table, dict) else table)
-    if table.get("enabled") is enabled:
-        return config
-    value = str(enabled).lower()
-    wanted = {**before, "telemetry": {**table, "enabled": enabled}}
-    for edited in map(str.encode, list_edits(config.decode(), value)):
-        if not catch(parse_toml, edited) and parse_toml(edited, str) == wanted:
-            return edited
+    check_table(table)
+    if table.get("enabled") is is_enabled:
+        return data
+    value = "true" if is_enabled else "false"
+    wanted = {**before, "telemetry": {**table, "enabled": is_enabled}}
+    mark = BYTE_ORDER_MARK if data.startswith(BYTE_ORDER_MARK) else b""
+    for text in list_edits(data.removeprefix(mark).decode(), value):
+        edited = mark + text.encode()
+        try:
+            if parse_toml(edited, str) == wanted:
+                return edited
+        except InvalidSetting:
+            # Not TOML: this was not the place.
+            pass
     raise CommandError(f"the text is too unusual: write enabled = {value} for telemetry by hand")
 
 
-def place_edited(temporary: str, path: str) -> None:
-    """Replace a file that a user wrote; its mode and its owner stay. Raise OSError."""
-    before = os.stat(path)
-    if sys.platform != "win32":
-        os.chown(temporary, before.st_uid, -1)
-        catch(os.chown, temporary, -1, before.st_gid)
-    os.chmod(temporary, before.st_mode & 0o7777)
-    deadline = time.monotonic() + 1
-    while failure := catch(os.replace, temporary, path):
-        # Windows refuses while another process reads the file.
-        if os.name != "nt" or time.monotonic() > deadline:
-            raise failure
-        time.sleep(0.01)
-
-
-def switch(path: str, enabled: bool) -> None:
-    """Set `enabled` in config.toml. Raise CommandError, InvalidSetting, OSError."""
-    if not os.path.exists(path):
-        make_directory(os.path.dirname(path))
-        write_file(path, NEW_CONFIG.replace(b"true", str(enabled).lower().encode()))
+def save_enabled(storage: Storage, is_enabled: bool) -> None:
+    """Set `enabled` in config.toml. Raise InvalidSetting, NotSent, CommandError, OSError."""
+    data = storage.read_config()
+    check_owner(storage.config_path)
+    if data is None:
+        check_creatable(storage.config_path)
+        make_directory(storage.directory)
+        value = b"true" if is_enabled else b"false"
+        write_file(storage.config_path, NEW_CONFIG.replace(b"true", value))
         return
-    config = read_file(path, MAX_CONFIG_BYTES + 1)
-    edited = edit_config(config, enabled)
-    if edited != config:
-        if not os.access(path, os.W_OK):
-            raise CommandError("the file is read-only")
-        write_file(path, edited, place_edited)
+    edited = edit_config(data, is_enabled)
+    if edited == data:
+        return
+    # A link stays a link.
+    path = os.path.realpath(storage.config_path)
+    if not os.access(path, os.W_OK):
+        raise CommandError("the file is read-only")
+    write_file(path, edited, replace_file, stat.S_IMODE(os.stat(path).st_mode))
 
 
-def run_switch(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
-    directory = find_directory(settings)
-    path = os.path.realpath(os.path.join(directory, "config.toml"))
+def run_switch(settings: Settings, options: "argparse.Namespace") -> int:
+    storage = Storage(find_directory(settings))
+    path = storage.config_path
     try:
-        switch(path, options.enabled)
-    except (CommandError, InvalidSetting, OSError) as error:
+        save_enabled(storage, options.enabled)
+    except (CommandError, NotSent, OSError) as error:
         if isinstance(error, InvalidSetting) and not options.enabled:
-            return f"Telemetry is off already, but {path} needs mending: {error}", 0
-        reason = getattr(error, "strerror", None) or error
-        raise CommandError(f"{path}: {reason}; nothing was changed") from None
+            show(f"Telemetry is off already, but {path} needs mending: {error}")
+            return 0
+        raise CommandError(f"{path}: {describe_error(error)}; nothing was changed") from None
     if not options.enabled:
-        return f"Telemetry disabled (saved in {path})", 0
-    catch(os.unlink, os.path.join(directory, "backoff"))
-    reason = examine(settings)[1]["reason"]
-    more = f"\nIt stays off: {reason}" * bool(reason)
-    return f"Telemetry enabled (saved in {path}){more}", 0
+        show(f"Telemetry disabled (saved in {path})")
+        return 0
+    delete_file(storage.backoff_path)
+    show(f"Telemetry enabled (saved in {path})")
+    reason, _ = find_reason(settings)
+    if reason:
+        show(f"It stays off: {reason}")
+    return 0
 
 
-def run_preview(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
-    delivery, facts = examine(settings)
-    delivery.command = options.command or delivery.command
-    check_command(delivery.command, settings.commands)
-    delivery.url = delivery.url or "http://no-endpoint.invalid/v1/metrics"
-    if facts["reason"] and sys.stderr:
-        catch(print, f"This is not sent. Telemetry is off: {facts['reason']}", file=sys.stderr)
-    return preview(delivery), 0
+def run_preview(settings: Settings, options: "argparse.Namespace") -> int:
+    command = options.command or get_sample_command(settings)
+    check_command(command, settings.commands)
+    call = Call(settings, command)
+    reason, _ = find_reason(settings)
+    if reason:
+        show_error(f"This is not sent. Telemetry is off: {reason}")
+    try:
+        client = guess_client(settings)
+    except NotSent:
+        client = OtlpClient("http://no-endpoint.invalid/v1/metrics", {}, 0)
+    show(format_preview(call, client))
+    return 0
 
 
-def check_response(status: int, location: str, body: bytes) -> "tuple[bool, str]":
-    """Return whether the point is accepted (OTLP/HTTP response, partial success), and the words."""
-    import json
+class Response:
+    """What a collector answered."""
 
-    is_success, rejected = 200 <= status < 300, 0
-    text: Any = body.decode(errors="replace")
-    if is_success:
-        try:
-            partial: Any = dict(json.loads(text)["partialSuccess"])
-            text, rejected = partial.get("errorMessage"), int(partial.get("rejectedDataPoints", 0))
-        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
-            text = ""
-    elif location:
-        text = f"it redirects to {location}, which is not followed"
-    if rejected > 0:
-        text = f"{str(rejected)[:20]} data point rejected: {text or 'no reason given'}"
-    text = f"HTTP {status}: {make_printable(text or '')[:200]}".removesuffix(": ")
-    return is_success and rejected <= 0, text
+    def __init__(self, response: "HTTPResponse") -> None:
+        self.status = response.status
+        self.location = response.headers.get("Location", "")
+        self.content_type = response.headers.get_content_type()
+        self.body = response.read(MAX_BODY_BYTES)
 
 
-def run_track(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
+class TrackDelivery(Delivery):
+    """A delivery of `track`: by a given client, back-off or not. It keeps the response."""
+
+    def __init__(self, call: Call, storage: Storage, client: OtlpClient) -> None:
+        super().__init__(get_session(), call, storage, b"")
+        self.planned = client
+        self.deadline = call.moment + client.timeout
+        self.response: Response | None = None
+
+    def prepare(self) -> "tuple[OtlpClient, bytes]":
+        fingerprint = self.session.identify(self.storage)
+        return self.planned, self.session.encode(self.call, fingerprint)
+
+    def receive(self, response: "HTTPResponse") -> None:
+        self.response = Response(response)
+
+
+def describe_failure(error: "Exception | None") -> str:
+    """Return in the standard library's words why there is no response."""
     from urllib.error import URLError
 
+    if error is None:
+        return "timed out"
+    if isinstance(error, URLError):
+        return str(error.reason)
+    if isinstance(error, (NotSent, OSError)):
+        return str(error)
+    # The text of another error may show the password of a proxy.
+    return type(error).__name__
+
+
+def run_track(settings: Settings, options: "argparse.Namespace") -> int:
     check_command(options.command, settings.commands)
     if options.endpoint is not None:
         parse_endpoint(options.endpoint, "--endpoint")
-    delivery = Delivery(settings, options.command, options.endpoint)
-    delivery.is_by_hand = True
-    failure = catch(delivery.prepare) or catch(get_client().start, delivery)
-    while delivery.thread and delivery.thread.is_alive() and delivery.remaining() > 0:
-        delivery.thread.join(POLL_SECONDS)
-    elapsed = f"{(time.monotonic() - delivery.began) * 1000:.0f} ms"
-    error: Any = failure or delivery.error or TimeoutError("timed out")
-    if failure or isinstance(error, NotSent):
-        return f"Not sent. Telemetry is off: {error}", 0
-    error = error.reason if isinstance(error, URLError) else error
-    # The text of another error may show the password of a proxy.
-    text = str(error) if isinstance(error, (OSError, str)) else type(error).__name__
-    is_accepted = False
-    if delivery.response:
-        is_accepted, text = check_response(*delivery.response)
-    if not is_accepted:
-        raise CommandError(f"{delivery.url} after {elapsed}: {text}")
-    catch(os.unlink, os.path.join(delivery.directory, "backoff"))
-    return f"Sent to {delivery.url} in {elapsed}: {text}", 0
-
-
-def run_reset(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
+    call = Call(settings, options.command)
+    storage = Storage(find_directory(settings))
     try:
-        os.unlink(os.path.join(find_directory(settings), "fingerprint"))
+        client = plan_delivery(call, options.endpoint)
+        if storage.read_config() is None:
+            run_first(settings, storage, client.url)
+    except (NotSent, ImportError, OSError) as error:
+        show(f"Not sent. Telemetry is off: {describe_error(error)}")
+        return 0
+    delivery = TrackDelivery(call, storage, client)
+    delivery.session.start(delivery)
+    delivery.wait()
+    elapsed = f"{(time.monotonic() - call.moment) * 1000:.0f} ms"
+    try:
+        if delivery.response is None:
+            raise CommandError(describe_failure(delivery.error))
+        text = check_response(delivery.response)
+    except CommandError as error:
+        raise CommandError(f"{client.url} after {elapsed}: {error}") from None
+    delete_file(storage.backoff_path)
+    show(f"Sent to {client.url} in {elapsed}: {text}")
+    return 0
+
+
+def check_response(response: Response) -> str:
+    """Return what the collector says of a data point that it accepted. Raise CommandError for any
+    other answer: OTLP specification, "OTLP/HTTP Response"."""
+    status = f"HTTP {response.status}"
+    if not 200 <= response.status < 300:
+        text = response.body.decode(errors="replace")
+        if response.location:
+            text = f"it redirects to {response.location}, which is not followed"
+        raise CommandError(append(status, text))
+    if response.content_type == "text/html":
+        raise CommandError(
+            f"{status}, but the answer is a web page: is this the URL of a collector?"
+        )
+    rejected, text = parse_partial_success(response.body)
+    if rejected > 0:
+        reason = text or "no reason given"
+        raise CommandError(append(f"{status}: {rejected} data point rejected", reason))
+    return append(status, text)
+
+
+def append(words: str, foreign: str) -> str:
+    """Return our words and, where there is one, the text of a collector."""
+    text = make_printable(foreign)[:200]
+    return f"{words}: {text}" if text else words
+
+
+def parse_partial_success(body: bytes) -> "tuple[int, str]":
+    """Return how many data points were rejected, and the message of the collector."""
+    import json
+
+    try:
+        partial = json.loads(body)["partialSuccess"]
+        return int(partial.get("rejectedDataPoints", 0)), str(partial.get("errorMessage", ""))
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        # No partial success: an empty body, as a collector may send, or anything else.
+        return 0, ""
+
+
+def run_reset(settings: Settings, options: "argparse.Namespace") -> int:
+    storage = Storage(find_directory(settings))
+    check_owner(storage.config_path)
+    try:
+        os.unlink(storage.fingerprint_path)
     except (FileNotFoundError, NotADirectoryError):
-        return "No fingerprint stored.", 0
-    return "Fingerprint deleted; the next command makes a new one.", 0
+        show("No fingerprint stored.")
+    else:
+        show("Fingerprint deleted; the next command makes a new one.")
+    return 0
 
 
-def start_collector(received: "list[bytes]") -> "Any":
-    """Start a collector on loopback that appends each body to received."""
+def start_collector(received: "list[tuple[str, bytes]]") -> "Any":
+    """Start a collector on loopback that appends the head and the body of each request."""
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    class Collector(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append((f"{self.requestline}\n{self.headers}", body))
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
 
-def run_selftest(settings: Settings, options: "argparse.Namespace") -> "tuple[str, int]":
+def write_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
+    """Return the source of a tool like this one that runs one command."""
+    home = os.path.dirname(os.path.abspath(__file__))
+    paths = sys.path if globals().get("__package__") else [home, *sys.path]
+    command = get_sample_command(settings)
+    given = {name: getattr(settings, name) for name in vars(Settings) if not name.startswith("_")}
+    given["directory"] = directory
+    given["endpoint"] = endpoint
+    given["commands"] = [command]
+    # An ingest token is not for the screen.
+    given["headers"] = None
+    given["opt_in"] = False
+    return f"""
+import importlib
+import sys
+
+sys.path[:] = {paths!r}
+telemetry = importlib.import_module({MODULE!r})
+telemetry.initialize_telemetry(**{given!r})
+telemetry.track_command_execution({command!r})
+"""
+
+
+def choose_environment(settings: Settings) -> "dict[str, str]":
+    """Return the environment without what speaks for or against telemetry, and without a proxy."""
+    names = ("CI", "DO_NOT_TRACK", "PYTHON", settings.environment)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    env["no_proxy"] = "127.0.0.1"
+    return env
+
+
+def run_selftest(settings: Settings, options: "argparse.Namespace") -> int:
+    import json
     import subprocess
     import tempfile
 
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise CommandError("selftest starts Python, and this program brings none")
-    received: list[bytes] = []
-    variable, command, lines = settings.environment, min(settings.commands or ["build"]), []
-    others = ("CI", "DO_NOT_TRACK", variable, "PYTHON", "HTTP_PROXY", "http_proxy")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    paths = sys.path if __package__ else [os.path.dirname(os.path.abspath(__file__)), *sys.path]
-    given = {name: getattr(settings, name) for name in vars(Settings) if name[0] != "_"}
+    if getattr(sys, "frozen", False) or not sys.executable or "__file__" not in globals():
+        raise CommandError("selftest starts Python with this file, and here is none to start")
+    variable = settings.environment
+    env = choose_environment(settings)
+    received: list[tuple[str, bytes]] = []
+    notices = []
+    outcomes = []
     with start_collector(received) as server, tempfile.TemporaryDirectory() as directory:
-        given |= {"directory": directory, "opt_in": False, "commands": [command]}
-        given["endpoint"] = f"http://127.0.0.1:{server.server_port}"
-        program = f"import importlib, sys; sys.path[:] = {paths!r}\n"
-        program += f"telemetry = importlib.import_module({MODULE!r})\n"
-        program += f"telemetry.initialize_telemetry(**{given!r})\n"
-        program += f"telemetry.track_command_execution({command!r})\n"
-        for count, text, variables in (
-            (1, "the first run shows the notice and sends", {}),
-            (2, "the second run sends", {}),
-            (2, "DO_NOT_TRACK=1 turns it off", {"DO_NOT_TRACK": "1"}),
-            (2, f"{variable}=0 turns it off", {variable: "0"}),
+        check_owner(directory)
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        source = write_sample_tool(settings, directory, endpoint).encode()
+        call = [sys.executable, "-B", "-"]
+        # What is tried, with which variables, and how many requests have then come in all.
+        for text, variables, count in (
+            ("the first run shows the notice and sends", {}, 1),
+            ("the second run sends", {}, 2),
+            ("DO_NOT_TRACK=1 turns it off", {"DO_NOT_TRACK": "1"}, 2),
+            (f"{variable}=0 turns it off", {variable: "0"}, 2),
         ):
-            call, source = [sys.executable, "-B", "-"], program.encode()
             done = subprocess.run(call, env=env | variables, input=source, capture_output=True)
-            found = (done.returncode, done.stdout, bool(done.stderr), len(received))
-            is_passed = found == (0, b"", count == 1, count)
-            words = f"FAILED  {text}: {done.stderr.decode(errors='replace')[-80:].strip()}"
-            lines.append(f"ok  {text}" if is_passed else words)
+            said = done.stderr.decode(errors="replace").strip()
+            if said:
+                notices.append(said)
+            is_unharmed = done.returncode == 0 and done.stdout == b""
+            if is_unharmed and len(notices) == 1 and len(received) == count:
+                outcomes.append(f"ok  {text}")
+            else:
+                outcomes.append(f"FAILED  {text}: {make_printable(said[-80:])}")
         server.shutdown()
-    code = int(any(line.startswith("FAILED") for line in lines))
-    return "\n".join(map(make_printable, [*lines, ("All passed.", "Failed.")[code]])), code
+    show("What the first run says:\n")
+    for notice in notices:
+        show(notice)
+    show("\nWhat the collector receives for a command:\n")
+    for head, body in received[:1]:
+        show(head + json.dumps(json.loads(body), indent=2))
+    show("\n" + "\n".join(outcomes))
+    if any(outcome.startswith("FAILED") for outcome in outcomes):
+        show("Failed.")
+        return 1
+    show("All passed.")
+    return 0
 
 
 def build_parser(settings: Settings) -> "argparse.ArgumentParser":
@@ -1035,7 +1690,7 @@ def build_parser(settings: Settings) -> "argparse.ArgumentParser":
     parser.set_defaults(run=run_status, json=False)
     commands = parser.add_subparsers(metavar="COMMAND", help="status if none is given")
 
-    def add(run: "Callable[..., tuple[str, int]]", text: str, *names: str) -> "Any":
+    def add(run: "Callable[..., int]", text: str, *names: str) -> "argparse.ArgumentParser":
         command = commands.add_parser(names[0], aliases=names[1:], help=text, description=text)
         command.set_defaults(run=run)
         return command
@@ -1045,7 +1700,8 @@ def build_parser(settings: Settings) -> "argparse.ArgumentParser":
     add(run_switch, "turn telemetry on", "enable", "on").set_defaults(enabled=True)
     add(run_switch, "turn telemetry off", "disable", "off").set_defaults(enabled=False)
     text = "show the request that a command would send, and send nothing"
-    add(run_preview, text, "preview").add_argument("command", metavar="COMMAND", nargs="?")
+    preview = add(run_preview, text, "preview")
+    preview.add_argument("command", metavar="COMMAND", nargs="?")
     track = add(run_track, "send one data point and show the response", "track")
     track.add_argument("command", metavar="COMMAND")
     track.add_argument("--endpoint", metavar="URL", help="send it there")
@@ -1054,46 +1710,67 @@ def build_parser(settings: Settings) -> "argparse.ArgumentParser":
     return parser
 
 
+def run_command(settings: Settings, argv: "list[str] | None") -> int:
+    """Run one command and return its exit code. Raise what says why it failed."""
+    try:
+        options = build_parser(settings).parse_args(argv)
+    except SystemExit as stop:
+        # argparse has shown the help (0) or what is wrong (2).
+        code = 2 if stop.code else 0
+    else:
+        if options.run is not run_status:
+            check_settings(settings)
+        code = options.run(settings, options)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return code
+
+
+def leave_stdout() -> None:
+    """Let Python write nothing again at exit: signal documentation, "Note on SIGPIPE"."""
+    stdout = sys.__stdout__
+    if stdout is None or stdout is not sys.stdout:
+        return
+    try:
+        stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), stdout.fileno())
+    except ValueError:
+        # The host has closed it.
+        pass
+
+
 def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     """Run the command line, also under a tool's own command: `main(args, prog="acme telemetry")`.
 
-    Returns the exit code: 0, 1 for an error or an invalid config, 2 for a wrong usage.
+    Returns the exit code: 0, 1 for an error or an invalid setting, 2 for a wrong usage.
     """
-    import contextlib
     import errno
-    import io
 
-    settings, output, text = Settings(), io.StringIO(), ""
+    settings = Settings()
     vars(settings).update(vars(current_settings))
-    settings.prog = prog or settings.prog
-    failure: Exception | None = None
+    if prog:
+        settings.prog = prog
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            options = build_parser(settings).parse_args(argv)
-        if options.run is not run_status:
-            check_settings(settings)
-        text, code = options.run(settings, options)
-    except SystemExit as stop:
-        text, code = output.getvalue().strip() or sys.exit(stop.code), 2 * bool(stop.code)
-        failure = CommandError(text.partition(": error: ")[2]) if code else None
+        return run_command(settings, argv)
     except KeyboardInterrupt:
-        get_client().deliveries.clear()
         return 130
-    except (NotSent, CommandError, OSError, ImportError, RuntimeError, TypeError, ValueError) as e:
-        failure, code = e, 1
-    if not failure:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
-        failure = catch(print, text, flush=True)
-        if isinstance(failure, OSError) and sys.stdout is sys.__stdout__:
-            # Python would try once more at exit: signal documentation, "Note on SIGPIPE".
-            with open(os.devnull, "wb") as null:
-                catch(lambda: os.dup2(null.fileno(), sys.stdout.fileno()))
-    # A reader that is gone is no error to report; Windows calls it EINVAL.
-    if failure and sys.stderr and getattr(failure, "errno", 0) not in (errno.EPIPE, errno.EINVAL):
-        message = make_printable(f"{settings.service_name}: error: {failure}")
-        catch(print, message, file=sys.stderr)
-    return code or int(failure is not None)
+    except (
+        CommandError,
+        NotSent,
+        ImportError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        leave_stdout()
+        # A reader that is gone is no error to report; Windows calls it EINVAL.
+        if getattr(error, "errno", None) not in (errno.EPIPE, errno.EINVAL):
+            text = f"{settings.service_name}: error: {describe_error(error)}"
+            show_error(make_printable(text))
+        return 1
 
 
 if __name__ == "__main__":
