@@ -494,18 +494,10 @@ def make_directory(path: str) -> None:
     """Make a directory and its parents, each 0700 under any umask. Raise OSError."""
     if os.path.isdir(path):
         return
-    parent = os.path.dirname(path)
-    # A root that is missing, such as a drive without a disk, is its own parent.
-    if parent != path:
-        make_directory(parent)
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        # Another first run was quicker. A link that leads nowhere is no directory.
-        if os.path.isdir(path):
-            return
-        raise
+    make_directory(os.path.dirname(path))
+    os.makedirs(path, 0o700, exist_ok=True)
     if hasattr(os, "fchmod"):
+        # A umask may have taken bits away.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fchmod(descriptor, 0o700)
@@ -546,11 +538,6 @@ class Storage:
             return None
         except OSError as error:
             raise NotSent(describe_error(error)) from None
-
-    def create_config(self) -> None:
-        """Create config.toml. Raise FileExistsError where there is one, OSError."""
-        make_directory(self.directory)
-        write_file(self.config_path, NEW_CONFIG, link_file)
 
     def read_fingerprint(self) -> str:
         """Return the stored fingerprint; "" where there is none of 1 to 64 hex digits."""
@@ -770,8 +757,9 @@ def format_notice(settings: Settings, storage: Storage, url: str) -> str:
 
 def run_first(settings: Settings, storage: Storage, url: str) -> bytes:
     """Create config.toml, show the notice, and return the config. Raise NotSent, OSError."""
+    make_directory(storage.directory)
     try:
-        storage.create_config()
+        write_file(storage.config_path, NEW_CONFIG, link_file)
         write_stderr(format_notice(settings, storage, url))
     except FileExistsError:
         # Of many first runs at one moment another one tells.
