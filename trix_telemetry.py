@@ -149,8 +149,6 @@ def describe_error(error: Exception) -> str:
     """Return in one line what went wrong."""
     if isinstance(error, ImportError):
         return f"this Python has no module {error.name}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (RuntimeError, TypeError, ValueError)):
         return make_printable(f"{type(error).__name__}: {error}")
     return make_printable(str(error))
@@ -425,10 +423,11 @@ def find_directory(settings: Settings) -> str:
 
 def read_file(path: str, limit: int) -> bytes:
     """Return up to limit bytes of a regular file. Raise OSError."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path} is not a regular file")
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is not a regular file")
     with open(path, "rb", opener=open_at_once) as file:
-        return file.read(limit) or b""
+        return file.read(min(limit, found.st_size)) or b""
 
 
 def open_at_once(path: str, flags: int) -> int:
@@ -537,7 +536,8 @@ class Storage:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise NotSent(describe_error(error)) from None
+            reason = error.strerror or error
+            raise NotSent(f"{self.config_path} cannot be read: {reason}") from None
 
     def read_fingerprint(self) -> str:
         """Return the stored fingerprint; "" where there is none of 1 to 64 hex digits."""
@@ -846,10 +846,10 @@ class Delivery:
         # The host may have become a daemon by now.
         check_streams()
         with client.post(body, self.deadline) as response:
+            if response.status in (429, 503):
+                reason = f"the collector answered HTTP {response.status}"
+                self.storage.write_backoff(client.url, reason)
             self.receive(response)
-        if response.status in (429, 503):
-            reason = f"the collector answered HTTP {response.status}"
-            self.storage.write_backoff(client.url, reason)
 
     def receive(self, response: "HTTPResponse") -> None:
         response.read1(MAX_BODY_BYTES)
@@ -1096,14 +1096,17 @@ def check_text(settings: Settings, config_data: bytes) -> None:
     """Raise NotSent where no parser is needed to know that nothing is sent."""
     if b"true" not in config_data:
         raise NotSent("config.toml does not say enabled = true")
-    endpoint = os.environ.get(f"{settings.environment}_ENDPOINT")
-    if endpoint is None:
-        # A key has its name in the text, or a backslash in it.
-        text = config_data.replace(b"# otlp_endpoint", b"")
-        may_be_named = b"endpoint" in text or b"\\" in text
-        endpoint = settings.endpoint or may_be_named
-    if not endpoint:
+    if not may_have_endpoint(settings, config_data):
         raise NotSent("there is no endpoint")
+
+
+def may_have_endpoint(settings: Settings, config_data: bytes) -> bool:
+    variable = f"{settings.environment}_ENDPOINT"
+    if variable in os.environ:
+        return os.environ[variable] != ""
+    # A key has its name in the text, or a backslash in it.
+    text = config_data.replace(b"# otlp_endpoint", b"")
+    return settings.endpoint != "" or b"endpoint" in text or b"\\" in text
 
 
 def plan_delivery(call: Call, requested: "str | None" = None) -> OtlpClient:
@@ -1451,42 +1454,72 @@ def run_preview(settings: Settings, options: "argparse.Namespace") -> int:
     return 0
 
 
-class Response:
-    """What a collector answered."""
+def check_response(response: "HTTPResponse") -> str:
+    """Return what the collector says of a data point that it accepted. Raise CommandError for any
+    other answer: OTLP specification, "OTLP/HTTP Response"."""
+    words = f"HTTP {response.status}"
+    body = response.read(MAX_BODY_BYTES)
+    if not 200 <= response.status < 300:
+        text = body.decode(errors="replace")
+        location = response.headers.get("Location")
+        if location:
+            text = f"it redirects to {location}, which is not followed"
+        raise CommandError(append(words, text))
+    if response.headers.get_content_type() == "text/html":
+        raise CommandError(
+            f"{words}, but the answer is a web page: is this the URL of a collector?"
+        )
+    rejected, text = parse_partial_success(body)
+    if rejected > 0:
+        words = f"{words}: {rejected} data point rejected"
+        raise CommandError(append(words, text or "no reason given"))
+    return append(words, text)
 
-    def __init__(self, response: "HTTPResponse") -> None:
-        self.status = response.status
-        self.location = response.headers.get("Location", "")
-        self.content_type = response.headers.get_content_type()
-        self.body = response.read(MAX_BODY_BYTES)
+
+def append(words: str, foreign: str) -> str:
+    """Return words of ours, with the text of a collector if there is one."""
+    text = make_printable(foreign)[:200]
+    return f"{words}: {text}" if text else words
+
+
+def parse_partial_success(body: bytes) -> "tuple[int, str]":
+    """Return how many data points were rejected, and the message of the collector."""
+    import json
+
+    try:
+        partial = json.loads(body)["partialSuccess"]
+        return int(partial.get("rejectedDataPoints", 0)), str(partial.get("errorMessage", ""))
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        # No partial success: an empty body, as a collector may send, or anything else.
+        return 0, ""
 
 
 class TrackDelivery(Delivery):
-    """A delivery of `track`: by a given client, back-off or not. It keeps the response."""
+    """A delivery of `track`: by a given client, back-off or not. It keeps the answer."""
 
     def __init__(self, call: Call, storage: Storage, client: OtlpClient) -> None:
         super().__init__(get_session(), call, storage, b"")
         self.planned = client
         self.deadline = call.moment + client.timeout
-        self.response: Response | None = None
+        self.answer: str | None = None
 
     def prepare(self) -> "tuple[OtlpClient, bytes]":
         fingerprint = self.session.identify(self.storage)
         return self.planned, self.session.encode(self.call, fingerprint)
 
     def receive(self, response: "HTTPResponse") -> None:
-        self.response = Response(response)
+        self.answer = check_response(response)
 
 
 def describe_failure(error: "Exception | None") -> str:
-    """Return in the standard library's words why there is no response."""
+    """Return why the collector has not accepted a data point."""
     from urllib.error import URLError
 
     if error is None:
         return "timed out"
     if isinstance(error, URLError):
         return str(error.reason)
-    if isinstance(error, (NotSent, OSError)):
+    if isinstance(error, (CommandError, NotSent, OSError)):
         return str(error)
     # The text of another error may show the password of a proxy.
     return type(error).__name__
@@ -1509,53 +1542,12 @@ def run_track(settings: Settings, options: "argparse.Namespace") -> int:
     delivery.session.start(delivery)
     delivery.wait()
     elapsed = f"{(time.monotonic() - call.moment) * 1000:.0f} ms"
-    try:
-        if delivery.response is None:
-            raise CommandError(describe_failure(delivery.error))
-        text = check_response(delivery.response)
-    except CommandError as error:
-        raise CommandError(f"{client.url} after {elapsed}: {error}") from None
+    if delivery.answer is None:
+        failure = describe_failure(delivery.error)
+        raise CommandError(f"{client.url} after {elapsed}: {failure}")
     delete_file(storage.backoff_path)
-    show(f"Sent to {client.url} in {elapsed}: {text}")
+    show(f"Sent to {client.url} in {elapsed}: {delivery.answer}")
     return 0
-
-
-def check_response(response: Response) -> str:
-    """Return what the collector says of a data point that it accepted. Raise CommandError for any
-    other answer: OTLP specification, "OTLP/HTTP Response"."""
-    status = f"HTTP {response.status}"
-    if not 200 <= response.status < 300:
-        text = response.body.decode(errors="replace")
-        if response.location:
-            text = f"it redirects to {response.location}, which is not followed"
-        raise CommandError(append(status, text))
-    if response.content_type == "text/html":
-        raise CommandError(
-            f"{status}, but the answer is a web page: is this the URL of a collector?"
-        )
-    rejected, text = parse_partial_success(response.body)
-    if rejected > 0:
-        reason = text or "no reason given"
-        raise CommandError(append(f"{status}: {rejected} data point rejected", reason))
-    return append(status, text)
-
-
-def append(words: str, foreign: str) -> str:
-    """Return our words and, where there is one, the text of a collector."""
-    text = make_printable(foreign)[:200]
-    return f"{words}: {text}" if text else words
-
-
-def parse_partial_success(body: bytes) -> "tuple[int, str]":
-    """Return how many data points were rejected, and the message of the collector."""
-    import json
-
-    try:
-        partial = json.loads(body)["partialSuccess"]
-        return int(partial.get("rejectedDataPoints", 0)), str(partial.get("errorMessage", ""))
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        # No partial success: an empty body, as a collector may send, or anything else.
-        return 0, ""
 
 
 def run_reset(settings: Settings, options: "argparse.Namespace") -> int:
