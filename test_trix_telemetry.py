@@ -45,6 +45,8 @@ timeout_ms = 2000
 # [telemetry.otlp_headers]
 """
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX has it, Windows has not")
+root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="it is about root")
+NOBODY_ID = 65534
 
 
 class Collector:
@@ -251,6 +253,37 @@ def test_importing_or_off_loads_no_module_starts_no_thread_and_makes_nothing(con
 # Settings: a tool is itself
 
 
+LOADERS = {
+    "exec with nothing": "space = {}\nexec(source, space)\nmodule = types.SimpleNamespace(**space)",
+    "a new module": "module = types.ModuleType('usage')\nexec(source, module.__dict__)",
+    "an importer of its own": """
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "usage":
+            return importlib.machinery.ModuleSpec(name, Finder)
+    def create_module(spec):
+        return None
+    def exec_module(module):
+        exec(source, module.__dict__)
+sys.meta_path.insert(0, Finder)
+import usage as module
+""",
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_copy_that_is_loaded_from_memory_sends_and_has_its_commands(here, name):
+    load = f"import importlib.machinery, sys, types\nsource = open({str(MODULE)!r}).read()\n{LOADERS[name]}\n"
+    done = run([sys.executable, "-c", f"{load}module.track_command_execution('build')"])
+    assert (done.returncode, done.stdout, here.commands) == (0, "", ["build"])
+    for command in ("status", "preview", "disable"):
+        done = run([sys.executable, "-c", f"{load}sys.exit(module.main([{command!r}]))"])
+        assert (done.returncode, done.stderr) == (0, "")
+    done = run([sys.executable, "-c", f"{load}sys.exit(module.main(['selftest']))"])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("trix-cli: error: selftest starts Python with this file.*\n", done.stderr)
+
+
 VENDORED = """
 from acme._vendor import usage
 usage.initialize_telemetry(service_name="acme", service_version="3", endpoint={url!r}{more})
@@ -374,6 +407,14 @@ def test_a_service_name_becomes_one_safe_slug_and_xdg_config_home_is_honoured(he
     assert names(home) == [".config", "xdg"]
 
 
+def test_the_directory_of_a_tool_that_names_none(here, home, monkeypatch):
+    monkeypatch.setenv("APPDATA", str(home / "Roaming"))
+    trix_telemetry.initialize_telemetry(service_name="acme", service_version="1", endpoint=here.url)
+    track()
+    base = "Roaming" if os.name == "nt" else ".config"
+    assert names(home / base / "acme" / "telemetry") == ["config.toml", "fingerprint"]
+
+
 def test_a_copy_with_its_values_edited(acme, collector, home):
     values = {
         "service_name": "acme", "service_version": "3", "endpoint": collector.url,
@@ -400,7 +441,7 @@ def test_a_copy_with_its_values_edited(acme, collector, home):
 
 WRONG = [
     ("endpoint", 5), ("service_name", b"x"), ("service_name", ""), ("service_name", None),
-    ("service_version", 1.0), ("metric_name", []), ("directory", 7), ("directory", object()),
+    ("service_version", 1.0), ("service_version", None), ("metric_name", []), ("directory", 7), ("directory", object()),
     ("environment", ""), ("prog", "a\nb"), ("commands", "build"), ("commands", 5),
     ("commands", ["a", 1]), ("commands", (name for name in ["build"])), ("endpoint", "\ud800"),
     ("service_name", "a\0"), ("headers", ["a"]), ("headers", {"a": 1}), ("docs_url", 3),
@@ -751,6 +792,220 @@ def test_a_python_without_a_module_is_silent_and_status_says_so(here, config, mo
     assert is_silent(tool(f"{code}thread = {TRACK}if thread: thread.join()\ndel sys.modules[{module!r}]"))
 
 
+# Root in somebody else's home
+
+
+@pytest.fixture
+def foreign(home, monkeypatch):
+    """Makes a home of another user's: as it is first, with a config, or with a directory of root's."""
+
+    def make(kind):
+        theirs = home / "theirs"
+        directory = theirs / ".tx3" / "trix"
+        if kind == "a link to their directory":
+            directory.mkdir(parents=True)
+            monkeypatch.setenv("HOME", str(home))
+            (home / ".tx3").symlink_to(theirs / ".tx3")
+            config = home / ".tx3" / "trix" / "config.toml"
+        elif kind == "a config that is a link to their file":
+            (home / ".tx3" / "trix").mkdir(parents=True)
+            theirs.mkdir()
+            monkeypatch.setenv("HOME", str(home))
+            config = home / ".tx3" / "trix" / "config.toml"
+            config.symlink_to(theirs / "config.toml")
+        elif kind == "a link of theirs to a directory of root's":
+            own = home / "own"
+            own.mkdir()
+            (theirs / ".tx3").mkdir(parents=True)
+            directory.symlink_to(own)
+            monkeypatch.setenv("HOME", str(theirs))
+            config = directory / "config.toml"
+        else:
+            monkeypatch.setenv("HOME", str(theirs))
+            theirs.mkdir() if kind == "their new home" else directory.mkdir(parents=True)
+            config = directory / "config.toml"
+        if kind != "their new home":
+            config.write_text("[telemetry]\nenabled = true\n")
+        for path in (theirs, *theirs.rglob("*")):
+            os.lchown(path, NOBODY_ID, NOBODY_ID)
+        if kind == "a directory of root's in their home":
+            os.chown(directory, 0, 0)
+        return theirs
+
+    return make
+
+
+def read_tree(directory):
+    """Return each path below directory with its owner, mode and content."""
+    tree = {}
+    for path in (directory, *directory.rglob("*")):
+        found = path.lstat()
+        tree[str(path)] = (found.st_uid, found.st_mode, path.read_bytes() if path.is_file() else b"")
+    return tree
+
+
+FOREIGN = [
+    "their new home",
+    "their home",
+    "a directory of root's in their home",
+    "a link to their directory",
+    "a config that is a link to their file",
+    "a link of theirs to a directory of root's",
+]
+
+
+@root
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_root_makes_and_sends_nothing_in_a_directory_of_another_user(here, home, foreign, kind):
+    foreign(kind)
+    before = read_tree(home)
+
+    done = tool(f"assert {TRACK.strip()} is None")
+
+    assert is_silent(done)
+    assert here.requests == []
+    assert read_tree(home) == before
+
+
+@root
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_status_tells_root_whose_directory_it_is(here, home, foreign, kind):
+    foreign(kind)
+    before = read_tree(home)
+
+    done = cli("status")
+
+    assert done.returncode == 0
+    first = done.stdout.splitlines()[0]
+    assert re.fullmatch("Telemetry of trix-cli is off: .* belongs to user 65534, and this is root", first)
+    assert read_tree(home) == before
+
+
+@root
+@pytest.mark.parametrize("command", ["enable", "disable", "reset"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_root_changes_nothing_in_a_directory_of_another_user_and_is_told(here, home, foreign, kind, command):
+    foreign(kind)
+    before = read_tree(home)
+
+    done = cli(command)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("trix-cli: error: .* belongs to user 65534, and this is root.*\n", done.stderr)
+    assert read_tree(home) == before
+
+
+@root
+@pytest.mark.parametrize("command", ["preview", "selftest"])
+def test_preview_and_selftest_work_for_root_in_the_home_of_another_user(here, home, foreign, command):
+    foreign("their home")
+    before = read_tree(home)
+
+    done = cli(command)
+
+    assert done.returncode == 0
+    assert read_tree(home) == before
+
+
+@root
+def test_root_in_a_home_of_its_own_sends(here, config):
+    config()
+
+    track()
+
+    assert here.commands == ["build"]
+
+
+COUNT_LOOKS = """
+import os
+looks = []
+lstat = os.lstat
+def count(path, **options):
+    looks.append(path)
+    return lstat(path, **options)
+os.lstat = count
+"""
+
+
+@root
+def test_the_owner_costs_no_system_call_where_telemetry_is_off_or_the_user_is_not_root(config, here):
+    path = config("[telemetry]\nenabled = false\n")
+    off = tool(f"{COUNT_LOOKS}{TRACK}print(len(looks))")
+    path.write_text("[telemetry]\nenabled = true\n")
+    on = tool(f"{COUNT_LOOKS}{TRACK}print(len(looks))")
+    user = tool(f"{COUNT_LOOKS}os.geteuid = lambda: 1000\n{TRACK}print(len(looks))")
+
+    assert off.stdout == "0\n"
+    assert int(on.stdout) > 0
+    assert user.stdout == "0\n"
+
+
+ATTACKER = """
+import os
+import sys
+
+directory, secret = sys.argv[1:]
+config = os.path.join(directory, "config.toml")
+os.setgid(65534)
+os.setuid(65534)
+print("ready", flush=True)
+while True:
+    for entry in os.scandir(directory):
+        try:
+            if entry.name.endswith(".tmp"):
+                os.unlink(entry.path)
+                os.symlink(secret, entry.path)
+            elif entry.is_symlink():
+                os.unlink(config)
+                with open(config, "w") as file:
+                    file.write("[telemetry]\\nenabled = true\\n")
+        except OSError:
+            pass
+"""
+
+
+WATCH_MODES = """
+import os, sys
+os.umask(0o777)
+def watch(event, arguments):
+    if event in ("os.chmod", "os.chown") and not isinstance(arguments[0], int):
+        print(event, arguments)
+sys.addaudithook(watch)
+"""
+
+
+@posix
+def test_modes_and_owners_are_set_on_open_files_never_by_path(here, config):
+    code = f"{WATCH_MODES}thread = {TRACK}if thread: thread.join()\nos.write(1, b'done')"
+    assert tool(code).stdout == "done"
+    config()
+    assert tool(f"{WATCH_MODES}trix_telemetry.main(['disable'])").stdout.startswith("Telemetry disabled")
+
+
+@root
+def test_a_user_who_puts_links_in_the_way_of_root_gets_no_file_of_root(home, foreign):
+    theirs = foreign("their home")
+    for parent in [path for path in theirs.parents if "pytest" in str(path)]:
+        parent.chmod(0o755)
+    secret = home / "secret"
+    secret.write_text("of root")
+    secret.chmod(0o600)
+    command = [sys.executable, "-c", ATTACKER, str(theirs / ".tx3" / "trix"), str(secret)]
+    attacker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert attacker.stdout.readline() == "ready\n"
+
+    for _ in range(20):
+        cli("disable")
+        cli("enable")
+
+    is_running = attacker.poll() is None
+    attacker.kill()
+    attacker.communicate()
+    assert is_running
+    assert (secret.stat().st_uid, stat.S_IMODE(secret.stat().st_mode)) == (0, 0o600)
+    assert secret.read_text() == "of root"
+
+
 # config.toml
 
 
@@ -777,6 +1032,7 @@ ON = [
     "telemetry.enabled = true\n", 'telemetry = { timeout_ms = 30000, "enabled" = true }\n',
     '["telemetry"]\n"\\u0065nabled" = true\n', "# x\n" * 60_000 + "[telemetry]\nenabled = true\n",
     "[other]\nenabled = false\n[telemetry]\r\n\tenabled=true#\r\ncolour = 'blue'\r\n",
+    "\ufeff[telemetry]\nenabled = true\n",
     # Of version 1.0, and of the Rust tool.
     NEW_CONFIG.replace("\n\n", "\n").replace("# [", "# x"),
     '[telemetry]\nenabled = true\ntimeout_ms = 2000\notlp_endpoint = "http://127.0.0.1:9"\n\n[telemetry.otlp_headers]\n',
@@ -870,6 +1126,29 @@ def test_what_is_no_file_is_off_and_left_alone(here, state, capfd, place):
     assert names(state) == ["config.toml"]
     assert trix_telemetry.main(["status"]) == 0
     assert place == "loop" or capfd.readouterr().out.startswith("Telemetry of trix-cli is off: ")
+
+
+@posix
+@pytest.mark.parametrize("place", ["the config", "the directory"])
+def test_a_link_that_leads_nowhere_is_off_and_named_and_nothing_is_made(here, home, state, place):
+    link = state / "config.toml" if place == "the config" else home / ".tx3"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(home / "away" / "nowhere")
+    before = sorted(home.rglob("*"))
+
+    assert is_silent(tool(f"assert {TRACK.strip()} is None"))
+    status = cli("status")
+    switches = [cli("enable"), cli("disable")]
+
+    first = status.stdout.splitlines()[0]
+    assert (status.returncode, first) == (
+        0,
+        f"Telemetry of trix-cli is off: {link} is a link that leads nowhere",
+    )
+    for done in switches:
+        assert done.returncode == 1
+        assert re.fullmatch("trix-cli: error: .* is a link that leads nowhere; nothing was changed\n", done.stderr)
+    assert (sorted(home.rglob("*")), here.requests) == (before, [])
 
 
 def test_the_environment_goes_before_the_file_and_the_file_before_the_tool(collector, config, monkeypatch):
@@ -1059,6 +1338,14 @@ def test_a_proxy_of_the_environment_is_honoured(here, monkeypatch):
     track()
     assert (len(proxy.requests), len(here.requests)) == (1, 1)
     proxy.close()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS keeps to the environment")
+def test_the_proxies_are_those_that_the_standard_library_finds(collector, config):
+    config()
+    code = f"import urllib.request\nurllib.request.getproxies = lambda: {{'http': {collector.url!r}}}\n{TRACK}"
+    assert is_silent(tool(code, env={"TRIX_TELEMETRY_ENDPOINT": "http://collector.invalid"}))
+    assert collector.requests[0][0] == "POST http://collector.invalid/v1/metrics HTTP/1.1"
 
 
 ODD_PROXIES = [
@@ -1289,6 +1576,30 @@ def test_a_host_is_unharmed_and_its_point_arrives(here, config, name, flags):
     done = tool(HOSTS[name], *flags)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert here.commands.count("build") == (name != "threads that cannot start") or os.name == "nt"
+
+
+GREEN = {
+    "gevent": "from gevent import monkey; monkey.patch_all()",
+    "eventlet": "import eventlet; eventlet.monkey_patch()",
+}
+
+
+@posix
+@pytest.mark.parametrize("library", GREEN)
+def test_a_host_with_green_threads_is_told_counted_and_keeps_its_signals(here, library):
+    pytest.importorskip(library)
+    code = """
+import signal
+def end(number, frame): raise SystemExit(7)
+signal.signal(signal.SIGTERM, end)
+thread = trix_telemetry.track_command_execution("build")
+thread.join()
+assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+"""
+    first = tool(f"{GREEN[library]}\n{code}", "-W", "ignore")
+    assert (first.returncode, first.stdout, first.stderr.count("trix-cli")) == (0, "", 1), first.stderr
+    assert is_silent(tool(f"{GREEN[library]}\n{code}", "-W", "ignore"))
+    assert here.commands == ["build", "build"]
 
 
 @posix
@@ -1734,13 +2045,14 @@ def test_a_config_is_made_where_there_is_none(here, state, capfd, command):
 
 
 @posix
-def test_an_edit_follows_a_link_and_keeps_the_mode(home, state):
+@pytest.mark.parametrize("umask", [0o022, 0o777])
+def test_an_edit_follows_a_link_and_keeps_the_mode_under_any_umask(home, state, umask):
     target = home / "dotfiles.toml"
     target.write_text("[telemetry]\nenabled = true\n")
     target.chmod(0o644)
     state.mkdir(parents=True)
     (state / "config.toml").symlink_to(target)
-    trix_telemetry.main(["disable"])
+    tool(f"import os; os.umask({umask}); trix_telemetry.main(['disable'])")
     assert (state / "config.toml").is_symlink()
     assert target.read_text() == "[telemetry]\nenabled = false\n"
     assert stat.S_IMODE(target.stat().st_mode) == 0o644
@@ -1837,6 +2149,14 @@ def test_track_says_what_came_of_it_in_the_librarys_words(hostile, here, config,
     assert here.requests[-1][0].split()[1] == "/x/v1/metrics"
 
 
+def test_track_tells_a_web_page_from_a_collector(here, config):
+    config()
+    here.answer = (200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Welcome</html>")
+    done = cli("track", "build")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("HTTP 200, but the answer is a web page: is this the URL of a collector?\n")
+
+
 WRONG_CALLS = {
     "track ../x": 1, "track a --endpoint ftp://me:secret@h": 1, "track a --endpoint ": 1, "preview a.b": 1,
 }  # fmt: skip
@@ -1912,6 +2232,22 @@ def test_selftest_passes_where_everything_speaks_against_it(home, flags):
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.splitlines()[-1] == "All passed."
     assert names(home) == []
+
+
+def test_selftest_shows_the_notice_and_the_request(home):
+    done = cli("selftest")
+    assert "trix-cli sends anonymous usage telemetry: the name of each command,\n" in done.stdout
+    assert "POST /v1/metrics HTTP/1.1\n" in done.stdout
+    body = done.stdout.partition("\n\n{")[2].partition("\n}\n")[0]
+    assert '\n  "resourceMetrics": [\n' in body
+    assert Point(f"{{{body}}}").command == "build"
+    assert done.stdout.splitlines()[-5:] == [
+        "ok  the first run shows the notice and sends",
+        "ok  the second run sends",
+        "ok  DO_NOT_TRACK=1 turns it off",
+        "ok  TRIX_TELEMETRY=0 turns it off",
+        "All passed.",
+    ]
 
 
 def test_selftest_passes_with_any_settings(acme):
