@@ -136,8 +136,11 @@ def home(tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.upper().endswith("_PROXY") or name.startswith(own):
             monkeypatch.delenv(name)
-    for name, value in (("PYTHONDONTWRITEBYTECODE", "1"), ("HOME", tmp_path), ("USERPROFILE", tmp_path)):
-        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # Windows keeps a tool's files below APPDATA: here, in the place that they have elsewhere.
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("APPDATA", str(tmp_path / ".config"))
     monkeypatch.setattr(trix_telemetry, "current_settings", trix_telemetry.Settings())
     monkeypatch.setattr(trix_telemetry, "current_session", None)
     return tmp_path

@@ -109,7 +109,7 @@ MAX_IMPORT_SECONDS = 0.5
 # Windows takes no Ctrl-C while a thread waits, so a long wait is made of short ones.
 WAIT_SECONDS = 0.05
 MAX_CONFIG_BYTES = 1 << 20
-# Of a response, a little is read: an unread one resets the connection of the collector.
+# At most this much of a response is read. An unread one would reset the collector's connection.
 MAX_BODY_BYTES = 4096
 
 FALSE_WORDS = ("", "0", "false", "no", "off")
@@ -446,7 +446,7 @@ def write_file(
     try:
         with open(temporary, "xb", opener=open_private) as file:
             # On the open file: a path could have become a link to a file of somebody else.
-            if hasattr(os, "fchmod"):
+            if sys.platform != "win32":
                 os.fchmod(file.fileno(), mode)
             file.write(data)
         place(temporary, path)
@@ -459,7 +459,8 @@ def open_private(path: str, flags: int) -> int:
 
 
 def link_file(temporary: str, path: str) -> None:
-    """Give a file its place or raise FileExistsError; without hard links, the last one stays."""
+    """Place a new file. Raise FileExistsError where there is one; without hard links, of many that
+    are placed at the same moment the last one stays."""
     try:
         os.link(temporary, path)
     except (OSError, AttributeError):
@@ -495,7 +496,7 @@ def make_directory(path: str) -> None:
         return
     make_directory(os.path.dirname(path))
     os.makedirs(path, 0o700, exist_ok=True)
-    if hasattr(os, "fchmod"):
+    if sys.platform != "win32":
         # A umask may have taken bits away.
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -635,7 +636,7 @@ def find_hashed_directory() -> "str | None":
     import ssl
 
     paths = ssl.get_default_verify_paths()
-    # Who names a bundle means that bundle.
+    # A bundle that SSL_CERT_FILE names goes first.
     if not paths.capath or os.environ.get(paths.openssl_cafile_env):
         return None
     names = os.listdir(paths.capath)
@@ -647,8 +648,8 @@ def open_request(
 ) -> "HTTPResponse":
     import urllib.request
 
-    # Of its own, since the usual opener follows redirects and opens files. No debug level of the
-    # host counts.
+    # The default opener follows redirects and opens files; this one does neither. A debug level
+    # that the host has set would print the request.
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(find_proxies()))
     opener.add_handler(urllib.request.UnknownHandler())
@@ -762,10 +763,10 @@ def run_first(settings: Settings, storage: Storage, url: str) -> bytes:
         write_file(storage.config_path, NEW_CONFIG, link_file)
         write_stderr(format_notice(settings, storage, url))
     except FileExistsError:
-        # Of many first runs at one moment another one tells.
+        # Another process created it at the same moment, and shows the notice.
         return storage.read_config() or b""
     except BaseException:
-        # Nobody was told, so nobody is counted; also after a Ctrl-C.
+        # The notice was not shown, so the file is taken back; also after a Ctrl-C.
         if storage.read_config() == NEW_CONFIG:
             delete_file(storage.config_path)
         raise
@@ -960,7 +961,7 @@ class Session:
         return stored or proposed
 
     def propose_fingerprint(self) -> str:
-        """Return the fingerprint that this process stores where there is none."""
+        """Return the fingerprint that this process would store."""
         with self.lock:
             self.fingerprint = self.fingerprint or make_fingerprint()
             return self.fingerprint
@@ -995,11 +996,11 @@ class Session:
                 if delivery.thread.is_alive():
                     delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
         except (KeyboardInterrupt, SystemExit):
-            # A signal ends the wait. Python would print it here, and raise it nowhere.
+            # A signal ends the wait. From a hook, Python would only print it.
             pass
 
 
-# What a tool calls
+# What a tool calls: the public functions, and the hooks of the process
 
 
 current_settings = Settings()
@@ -1313,7 +1314,7 @@ def collect_facts(settings: Settings, reason: "str | None") -> "dict[str, Any]":
         facts["encrypted"] = url.startswith("https:")
         facts["backoff"] = storage.read_backoff(url) or None
     except NotSent:
-        # The reason says it.
+        # What is known so far is shown, and the reason.
         pass
     return facts
 
@@ -1351,23 +1352,26 @@ def run_status(settings: Settings, options: "argparse.Namespace") -> int:
     return 1 if is_invalid else 0
 
 
-def list_edits(text: str, value: str) -> "Iterator[str]":
-    """Yield texts of which one may have telemetry.enabled set and nothing else changed."""
+def replace_value(text: str, value: str) -> "Iterator[str]":
+    """Yield texts of which one has another value of telemetry.enabled, however it is spelled."""
+    import re
+
+    start = max(text.find("telemetry"), 0)
+    for match in re.compile(r"=[ \t]*(true|false)\b").finditer(text, start):
+        yield text[: match.start(1)] + value + text[match.end(1) :]
+
+
+def add_key(text: str, value: str) -> "Iterator[str]":
+    """Yield texts of which one has telemetry.enabled added: below its header, or in a new table."""
     import re
 
     newline = "\r\n" if "\r\n" in text else "\n"
     line = f"enabled = {value}{newline}"
-    # Another value for each key in turn, however it is spelled.
-    start = max(text.find("telemetry"), 0)
-    for match in re.compile(r"=[ \t]*(true|false)\b").finditer(text, start):
-        yield text[: match.start(1)] + value + text[match.end(1) :]
-    # A new line below the header.
     for match in re.finditer(r"(?m)^[ \t]*\[[ \t]*[\"']?telemetry[\"']?[ \t]*\].*(\n|\Z)", text):
         before = text[: match.end()]
         if not before.endswith("\n"):
             before += newline
         yield before + line + text[match.end() :]
-    # A new table at the end.
     if text and not text.endswith("\n"):
         text += newline
     yield f"{text}{newline}[telemetry]{newline}{line}"
@@ -1387,14 +1391,15 @@ def edit_config(data: bytes, is_enabled: bool) -> bytes:
     value = "true" if is_enabled else "false"
     wanted = {**before, "telemetry": {**table, "enabled": is_enabled}}
     mark = BYTE_ORDER_MARK if data.startswith(BYTE_ORDER_MARK) else b""
-    for text in list_edits(data.removeprefix(mark).decode(), value):
+    edit = replace_value if "enabled" in table else add_key
+    for text in edit(data.removeprefix(mark).decode(), value):
         edited = mark + text.encode()
+        # The parser tells which of the texts says what is wanted, and nothing else.
         try:
             if parse_toml(edited, str) == wanted:
                 return edited
         except InvalidSetting:
-            # Not TOML: this was not the place.
-            pass
+            continue
     raise CommandError(f"the text is too unusual: write enabled = {value} for telemetry by hand")
 
 
@@ -1477,7 +1482,7 @@ def check_response(response: "HTTPResponse") -> str:
 
 
 def append(words: str, foreign: str) -> str:
-    """Return words of ours, with the text of a collector if there is one."""
+    """Return our words, followed by the collector's where there are any."""
     text = make_printable(foreign)[:200]
     return f"{words}: {text}" if text else words
 
@@ -1495,7 +1500,7 @@ def parse_partial_success(body: bytes) -> "tuple[int, str]":
 
 
 class TrackDelivery(Delivery):
-    """A delivery of `track`: by a given client, back-off or not. It keeps the answer."""
+    """A delivery of `track`: with a given client, also during a back-off. It keeps the answer."""
 
     def __init__(self, call: Call, storage: Storage, client: OtlpClient) -> None:
         super().__init__(get_session(), call, storage, b"")
@@ -1735,6 +1740,8 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     try:
         return run_command(settings, argv)
     except KeyboardInterrupt:
+        # Nobody wants to wait at exit for what was interrupted.
+        forget_session()
         return 130
     except (
         CommandError,
