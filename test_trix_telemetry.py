@@ -279,6 +279,8 @@ def test_a_copy_that_is_loaded_from_memory_sends_and_has_its_commands(here, name
     load = f"import importlib.machinery, sys, types\nsource = open({str(MODULE)!r}).read()\n{LOADERS[name]}\n"
     done = run([sys.executable, "-c", f"{load}module.track_command_execution('build')"])
     assert (done.returncode, done.stdout, here.commands) == (0, "", ["build"])
+    inspect = "python -m usage status" if "importer" in name else "set TRIX_TELEMETRY_DEBUG=1"
+    assert f"  Inspect:   {inspect}\n" in done.stderr
     for command in ("status", "preview", "disable"):
         done = run([sys.executable, "-c", f"{load}sys.exit(module.main([{command!r}]))"])
         assert (done.returncode, done.stderr) == (0, "")
@@ -1552,7 +1554,7 @@ def test_tls_with_an_unknown_authority_another_host_or_plain_http(secure, home, 
 
 HOSTS = {
     "it ends at once": TRACK,
-    "its exit code and its streams are its own": f"{TRACK}assert print('out') is None\nsys.stdout = None",
+    "its exit code and its streams are its own": f"{TRACK}print('out')\nsys.stdout = None",
     "an event loop": f"import asyncio\nasync def main():\n    {TRACK}    await asyncio.sleep(0)\nasyncio.run(main())",
     "a second thread": f"import threading\nthread = threading.Thread(target=lambda: {TRACK.strip()})\n"
     "thread.start(); thread.join()",
@@ -1578,6 +1580,7 @@ def test_a_host_is_unharmed_and_its_point_arrives(here, config, name, flags):
     config("# edited\n" + NEW_CONFIG)
     done = tool(HOSTS[name], *flags)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout == ("out\n" if "print" in HOSTS[name] else "")
     assert here.commands.count("build") == (name != "threads that cannot start") or os.name == "nt"
 
 
@@ -1759,6 +1762,24 @@ def late():
 atexit.register(late)
 {TRACK}"""
     assert is_silent(tool(code, "-W", "ignore"))
+
+
+@posix
+def test_a_forked_child_has_a_session_of_its_own(hostile, config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
+    done = tool(
+        f"""{FORK}
+assert all([{TRACK.strip()} for _ in range(4)])
+def work():
+    assert {TRACK.strip()} is not None
+    os._exit(0)
+forked(work)
+os._exit(0)
+""",
+        "-W",
+        "ignore",
+    )
+    assert is_silent(done), done.stderr
 
 
 @posix
