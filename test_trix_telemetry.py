@@ -1937,6 +1937,14 @@ def test_status_creates_nothing_and_shows_all(here, home, capsys, monkeypatch):
     assert names(home) == []
 
 
+def test_status_takes_no_notice_of_a_name_in_the_closed_set_that_cannot_be_counted(here, capsys):
+    trix_telemetry.initialize_telemetry(
+        service_name="acme", service_version="1", endpoint=here.url, commands=["a name", "build"]
+    )
+    trix_telemetry.main(["status"])
+    assert capsys.readouterr().out.startswith("Telemetry of acme is on\n")
+
+
 def test_status_of_a_home_on_a_drive_that_is_not_there_ends(here):
     nowhere = "Q:\\nowhere" if os.name == "nt" else "/nowhere/at/all"
     for command in ("status", "preview"):

@@ -1268,7 +1268,9 @@ def show_error(text: str) -> None:
 
 
 def get_sample_command(settings: Settings) -> str:
-    return min(settings.commands or ["build"])
+    """Return a command that can be counted."""
+    names = sorted(filter(is_command_name, settings.commands or ()))
+    return names[0] if names else "build"
 
 
 def guess_client(settings: Settings) -> OtlpClient:
