@@ -446,7 +446,8 @@ def test_a_copy_with_its_values_edited(acme, collector, home):
 
 WRONG = [
     ("endpoint", 5), ("service_name", b"x"), ("service_name", ""), ("service_name", None),
-    ("service_version", 1.0), ("service_version", None), ("metric_name", []), ("directory", 7), ("directory", object()),
+    ("service_version", 1.0), ("service_version", None), ("metric_name", []), ("directory", 7),
+    ("directory", "relative"), ("directory", ""), ("directory", object()),
     ("environment", ""), ("prog", "a\nb"), ("commands", "build"), ("commands", 5),
     ("commands", ["a", 1]), ("commands", (name for name in ["build"])), ("endpoint", "\ud800"),
     ("service_name", "a\0"), ("headers", ["a"]), ("headers", {"a": 1}), ("docs_url", 3),
@@ -1131,6 +1132,20 @@ def test_what_is_no_file_is_off_and_left_alone(here, state, capfd, place):
     assert names(state) == ["config.toml"]
     assert trix_telemetry.main(["status"]) == 0
     assert place == "loop" or capfd.readouterr().out.startswith("Telemetry of trix-cli is off: ")
+
+
+@posix
+def test_a_named_pipe_that_has_just_taken_the_place_of_the_config_holds_nothing_up(here, config):
+    path = config()
+    path.unlink()
+    os.mkfifo(path)
+    code = f"""
+        import os
+        look = os.stat
+        os.stat = lambda path, **options: look({str(MODULE)!r} if path == {str(path)!r} else path, **options)
+        assert {TRACK.strip()} is None
+    """
+    assert is_silent(tool(code, timeout=LONG / 2))
 
 
 @posix

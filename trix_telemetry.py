@@ -411,13 +411,16 @@ def describe_resource(settings: Settings, fingerprint: str) -> "dict[str, str]":
 
 
 def find_directory(settings: Settings) -> str:
-    """Return the absolute path of the tool's directory. Raise NotSent where there is no home."""
+    """Return the absolute path of the tool's directory. Raise NotSent, InvalidSetting."""
     path = settings.directory
-    # Without HOME, expanduser() asks the password database, which may be a network away.
-    if path.startswith("~") and (os.name == "nt" or os.environ.get("HOME")):
-        path = os.path.expanduser(path)
+    if path.startswith("~"):
+        # Without HOME, expanduser() asks the password database, which may be a network away.
+        if os.name == "nt" or os.environ.get("HOME"):
+            path = os.path.expanduser(path)
+        if not os.path.isabs(path):
+            raise NotSent("HOME is not set to an absolute path")
     if not os.path.isabs(path):
-        raise NotSent(f"{path} is no absolute path; is HOME set to one?")
+        raise InvalidSetting("directory of the tool must be an absolute path, or begin with ~")
     return path.replace("/", os.sep)
 
 
