@@ -1601,7 +1601,7 @@ def write_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
     given["directory"] = directory
     given["endpoint"] = endpoint
     given["commands"] = [command]
-    # An ingest token is not for the screen.
+    # The request is shown, and they may hold an ingest token.
     given["headers"] = None
     given["opt_in"] = False
     return f"""
@@ -1615,7 +1615,7 @@ telemetry.track_command_execution({command!r})
 """
 
 
-def choose_environment(settings: Settings) -> "dict[str, str]":
+def clean_environment(settings: Settings) -> "dict[str, str]":
     """Return the environment without what speaks for or against telemetry, and without a proxy."""
     names = ("CI", "DO_NOT_TRACK", "PYTHON", settings.environment)
     env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
@@ -1623,47 +1623,58 @@ def choose_environment(settings: Settings) -> "dict[str, str]":
     return env
 
 
+def try_sample_tool(
+    settings: Settings, source: str, received: "list[tuple[str, bytes]]"
+) -> "tuple[str, list[str]]":
+    """Run the tool four times. Return what it said, and a line for each outcome."""
+    import subprocess
+
+    variable = settings.environment
+    env = clean_environment(settings)
+    notices = []
+    outcomes = []
+    # What is tried, with which variables, and how many requests have then come in all.
+    for text, variables, count in (
+        ("the first run shows the notice and sends", {}, 1),
+        ("the second run sends", {}, 2),
+        ("DO_NOT_TRACK=1 turns it off", {"DO_NOT_TRACK": "1"}, 2),
+        (f"{variable}=0 turns it off", {variable: "0"}, 2),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-B", "-"],
+            env=env | variables,
+            input=source.encode(),
+            capture_output=True,
+        )
+        said = done.stderr.decode(errors="replace").strip()
+        if said:
+            notices.append(said)
+        is_unharmed = done.returncode == 0 and done.stdout == b""
+        if is_unharmed and len(notices) == 1 and len(received) == count:
+            outcomes.append(f"ok  {text}")
+        else:
+            outcomes.append(f"FAILED  {text}: {make_printable(said[-80:])}")
+    return "\n".join(notices), outcomes
+
+
 def run_selftest(settings: Settings, options: "argparse.Namespace") -> int:
     import json
-    import subprocess
     import tempfile
 
     if getattr(sys, "frozen", False) or not sys.executable or "__file__" not in globals():
         raise CommandError("selftest starts Python with this file, and here is none to start")
-    variable = settings.environment
-    env = choose_environment(settings)
     received: list[tuple[str, bytes]] = []
-    notices = []
-    outcomes = []
     with start_collector(received) as server, tempfile.TemporaryDirectory() as directory:
         check_owner(directory)
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        source = write_sample_tool(settings, directory, endpoint).encode()
-        call = [sys.executable, "-B", "-"]
-        # What is tried, with which variables, and how many requests have then come in all.
-        for text, variables, count in (
-            ("the first run shows the notice and sends", {}, 1),
-            ("the second run sends", {}, 2),
-            ("DO_NOT_TRACK=1 turns it off", {"DO_NOT_TRACK": "1"}, 2),
-            (f"{variable}=0 turns it off", {variable: "0"}, 2),
-        ):
-            done = subprocess.run(call, env=env | variables, input=source, capture_output=True)
-            said = done.stderr.decode(errors="replace").strip()
-            if said:
-                notices.append(said)
-            is_unharmed = done.returncode == 0 and done.stdout == b""
-            if is_unharmed and len(notices) == 1 and len(received) == count:
-                outcomes.append(f"ok  {text}")
-            else:
-                outcomes.append(f"FAILED  {text}: {make_printable(said[-80:])}")
+        source = write_sample_tool(settings, directory, f"http://127.0.0.1:{server.server_port}")
+        notice, outcomes = try_sample_tool(settings, source, received)
         server.shutdown()
-    show("What the first run says:\n")
-    for notice in notices:
-        show(notice)
-    show("\nWhat the collector receives for a command:\n")
-    for head, body in received[:1]:
-        show(head + json.dumps(json.loads(body), indent=2))
-    show("\n" + "\n".join(outcomes))
+    show(f"What the first run says:\n\n{notice}\n")
+    if received:
+        head, body = received[0]
+        show("What the collector receives for a command:\n")
+        show(f"{head}{json.dumps(json.loads(body), indent=2)}\n")
+    show("\n".join(outcomes))
     if any(outcome.startswith("FAILED") for outcome in outcomes):
         show("Failed.")
         return 1
@@ -1745,7 +1756,7 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     try:
         return run_command(settings, argv)
     except KeyboardInterrupt:
-        # Nobody wants to wait at exit for what was interrupted.
+        # The exit does not wait for the delivery that was interrupted.
         forget_session()
         return 130
     except (
