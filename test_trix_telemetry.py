@@ -360,7 +360,8 @@ def test_two_copies_in_one_process_do_not_know_of_each_other(acme, collector, ho
     shutil.copytree(home / "lib" / "acme", home / "lib" / "other")
     other = Collector()
     code = VENDORED.replace("acme", "other").format(url=other.url, more="")
-    acme(collector.url, code=f"{code}from acme._vendor import usage\nusage.main(['disable'])\n")
+    join = "import threading\nfor thread in threading.enumerate()[1:]: thread.join()\n"
+    acme(collector.url, code=f"{code}{join}from acme._vendor import usage\nusage.main(['disable'])\n")
     assert [p.resource["service.name"] for p in collector.points] == ["acme"]
     assert [p.resource["service.name"] for p in other.points] == ["other"]
     assert collector.users.isdisjoint(other.users)
@@ -1950,6 +1951,21 @@ def test_status_creates_nothing_and_shows_all(here, home, capsys, monkeypatch):
         "docs_url": None,
     }
     assert names(home) == []
+
+
+def test_the_command_line_waits_for_the_imports_of_a_delivery(here, config):
+    config("# edited\n" + NEW_CONFIG)
+    done = tool(f"""
+class Watch:
+    def find_spec(name, path, target=None):
+        if name == "argparse":
+            print([each.is_prepared.is_set() for each in deliveries])
+sys.meta_path.insert(0, Watch)
+{TRACK}
+deliveries = list(trix_telemetry.get_session().deliveries)
+trix_telemetry.main(["status"])
+""")
+    assert done.stdout.startswith("[True]\nTelemetry of trix-cli is on\n"), done.stdout + done.stderr
 
 
 def test_status_takes_no_notice_of_a_name_in_the_closed_set_that_cannot_be_counted(here, capsys):

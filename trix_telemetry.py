@@ -1031,11 +1031,12 @@ def register_hooks() -> None:
 
     atexit.register(close_session)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=prepare_fork, after_in_child=forget_session)
+        os.register_at_fork(before=wait_for_imports, after_in_child=forget_session)
     has_hooks = True
 
 
-def prepare_fork() -> None:
+def wait_for_imports() -> None:
+    """Wait before a fork, and before the command line imports the same modules."""
     if current_session is not None:
         current_session.wait_for_imports()
 
@@ -1747,6 +1748,8 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
 
     Returns the exit code: 0, 1 for an error or an invalid setting, 2 for a wrong usage.
     """
+    # On Python 3.13 an import beside that of a delivery can meet a half-made module.
+    wait_for_imports()
     import errno
 
     settings = Settings()
