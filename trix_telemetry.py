@@ -429,8 +429,11 @@ def read_file(path: str, limit: int) -> bytes:
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is not a regular file")
+    # Python makes a buffer of this size first.
+    size = min(limit, found.st_size)
     with open(path, "rb", opener=open_at_once) as file:
-        return file.read(min(limit, found.st_size)) or b""
+        # A named pipe without data reads as None.
+        return file.read(size) or b""
 
 
 def open_at_once(path: str, flags: int) -> int:
@@ -580,6 +583,11 @@ class Storage:
     def write_backoff(self, url: str, reason: str) -> None:
         """Begin ten minutes in which nothing is sent to url. Raise OSError."""
         write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
+
+    def heed_status(self, url: str, status: int) -> None:
+        """Begin a back-off where the collector asks for one. Raise OSError."""
+        if status in (429, 503):
+            self.write_backoff(url, f"the collector answered HTTP {status}")
 
 
 # The client: one collector
@@ -803,7 +811,6 @@ class Delivery:
         self.storage = storage
         self.config_data = config_data
         self.client: OtlpClient | None = None
-        self.error: Exception | None = None
         self.deadline = call.moment + DEFAULT_TIMEOUT_MS / 1000
         # Set when all is imported and prepared: from here on, there is only the network.
         self.is_prepared = threading.Event()
@@ -817,9 +824,9 @@ class Delivery:
             client, body = self.prepare()
             self.is_prepared.set()
             self.send(client, body)
-        except Exception as error:
+        except Exception:
             # The host learns of no failure; `track` shows it to the person who asks.
-            self.error = error
+            pass
         finally:
             self.is_prepared.set()
             self.session.deliveries.remove(self)
@@ -850,13 +857,8 @@ class Delivery:
         # The host may have become a daemon by now.
         check_streams()
         with client.post(body, self.deadline) as response:
-            if response.status in (429, 503):
-                reason = f"the collector answered HTTP {response.status}"
-                self.storage.write_backoff(client.url, reason)
-            self.receive(response)
-
-    def receive(self, response: "HTTPResponse") -> None:
-        response.read1(MAX_BODY_BYTES)
+            self.storage.heed_status(client.url, response.status)
+            response.read1(MAX_BODY_BYTES)
 
     def remaining(self) -> float:
         return self.deadline - time.monotonic()
@@ -1109,9 +1111,11 @@ def may_have_endpoint(settings: Settings, config_data: bytes) -> bool:
     variable = f"{settings.environment}_ENDPOINT"
     if variable in os.environ:
         return os.environ[variable] != ""
-    # A key has its name in the text, or a backslash in it.
+    if settings.endpoint != "":
+        return True
+    # The comment of NEW_CONFIG sets no endpoint. A backslash may spell any key.
     text = config_data.replace(b"# otlp_endpoint", b"")
-    return settings.endpoint != "" or b"endpoint" in text or b"\\" in text
+    return b"endpoint" in text or b"\\" in text
 
 
 def plan_delivery(call: Call, requested: "str | None" = None) -> OtlpClient:
@@ -1215,12 +1219,7 @@ def initialize_telemetry(
     settings.headers = headers
     settings.docs_url = docs_url or ""
     settings.opt_in = opt_in
-    if directory is None:
-        settings.directory = choose_directory(slug)
-    elif isinstance(directory, os.PathLike):
-        settings.directory = os.fspath(directory)
-    else:
-        settings.directory = directory
+    settings.directory = choose_directory(slug) if directory is None else str(directory)
     current_settings = settings
 
 
@@ -1475,7 +1474,7 @@ def check_response(response: "HTTPResponse") -> str:
         location = response.headers.get("Location")
         if location:
             text = f"it redirects to {location}, which is not followed"
-        raise CommandError(append(words, text))
+        raise CommandError(add_message(words, text))
     if response.headers.get_content_type() == "text/html":
         raise CommandError(
             f"{words}, but the answer is a web page: is this the URL of a collector?"
@@ -1483,13 +1482,13 @@ def check_response(response: "HTTPResponse") -> str:
     rejected, text = parse_partial_success(body)
     if rejected > 0:
         words = f"{words}: {rejected} data point rejected"
-        raise CommandError(append(words, text or "no reason given"))
-    return append(words, text)
+        raise CommandError(add_message(words, text or "no reason given"))
+    return add_message(words, text)
 
 
-def append(words: str, foreign: str) -> str:
-    """Return our words, followed by the collector's where there are any."""
-    text = make_printable(foreign)[:200]
+def add_message(words: str, message: str) -> str:
+    """Return our words, followed by the collector's message where there is one."""
+    text = make_printable(message)[:200]
     return f"{words}: {text}" if text else words
 
 
@@ -1505,35 +1504,46 @@ def parse_partial_success(body: bytes) -> "tuple[int, str]":
         return 0, ""
 
 
-class TrackDelivery(Delivery):
-    """A delivery of `track`: with a given client, also during a back-off. It keeps the answer."""
-
-    def __init__(self, call: Call, storage: Storage, client: OtlpClient) -> None:
-        super().__init__(get_session(), call, storage, b"")
-        self.planned = client
-        self.deadline = call.moment + client.timeout
-        self.answer: str | None = None
-
-    def prepare(self) -> "tuple[OtlpClient, bytes]":
-        fingerprint = self.session.identify(self.storage)
-        return self.planned, self.session.encode(self.call, fingerprint)
-
-    def receive(self, response: "HTTPResponse") -> None:
-        self.answer = check_response(response)
-
-
-def describe_failure(error: "Exception | None") -> str:
+def describe_failure(error: Exception) -> str:
     """Return why the collector has not accepted a data point."""
     from urllib.error import URLError
 
-    if error is None:
-        return "timed out"
     if isinstance(error, URLError):
         return str(error.reason)
-    if isinstance(error, (CommandError, NotSent, OSError)):
+    if isinstance(error, (CommandError, OSError)):
         return str(error)
     # The text of another error may show the password of a proxy.
     return type(error).__name__
+
+
+def send_and_wait(call: Call, client: OtlpClient, storage: Storage) -> str:
+    """Send a data point and return what the collector says of it. Raise CommandError."""
+    import threading
+
+    session = get_session()
+    body = session.encode(call, session.identify(storage))
+    deadline = call.moment + client.timeout
+    answers = []
+    failures = []
+
+    def post() -> None:
+        try:
+            with client.post(body, deadline) as response:
+                storage.heed_status(client.url, response.status)
+                answers.append(check_response(response))
+        except Exception as error:
+            failures.append(describe_failure(error))
+
+    # In a thread, for the look-up of a host name heeds no deadline.
+    thread = threading.Thread(target=post, daemon=True)
+    thread.start()
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(WAIT_SECONDS)
+    elapsed = f"{(time.monotonic() - call.moment) * 1000:.0f} ms"
+    if not answers:
+        failure = failures[0] if failures else "timed out"
+        raise CommandError(f"{client.url} after {elapsed}: {failure}")
+    return f"Sent to {client.url} in {elapsed}: {answers[0]}"
 
 
 def run_track(settings: Settings, options: "argparse.Namespace") -> int:
@@ -1549,15 +1559,9 @@ def run_track(settings: Settings, options: "argparse.Namespace") -> int:
     except (NotSent, ImportError, OSError) as error:
         show(f"Not sent. Telemetry is off: {describe_error(error)}")
         return 0
-    delivery = TrackDelivery(call, storage, client)
-    delivery.session.start(delivery)
-    delivery.wait()
-    elapsed = f"{(time.monotonic() - call.moment) * 1000:.0f} ms"
-    if delivery.answer is None:
-        failure = describe_failure(delivery.error)
-        raise CommandError(f"{client.url} after {elapsed}: {failure}")
+    text = send_and_wait(call, client, storage)
     delete_file(storage.backoff_path)
-    show(f"Sent to {client.url} in {elapsed}: {delivery.answer}")
+    show(text)
     return 0
 
 
@@ -1595,6 +1599,7 @@ def start_collector(received: "list[tuple[str, bytes]]") -> "Any":
 
 def write_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
     """Return the source of a tool like this one that runs one command."""
+    # A module of a package is found as it was here, a single file in its own directory.
     home = os.path.dirname(os.path.abspath(__file__))
     paths = sys.path if globals().get("__package__") else [home, *sys.path]
     command = get_sample_command(settings)
@@ -1759,8 +1764,6 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     try:
         return run_command(settings, argv)
     except KeyboardInterrupt:
-        # The exit does not wait for the delivery that was interrupted.
-        forget_session()
         return 130
     except (
         CommandError,
