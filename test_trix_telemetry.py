@@ -47,6 +47,7 @@ timeout_ms = 2000
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX has it, Windows has not")
 root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="it is about root")
 NOBODY_ID = 65534
+packages = pytest.mark.packages
 
 
 class Collector:
@@ -1606,6 +1607,7 @@ GREEN = {
 }
 
 
+@packages
 @posix
 @pytest.mark.parametrize("library", GREEN)
 def test_a_host_with_green_threads_is_told_counted_and_keeps_its_signals(here, library):
@@ -2335,10 +2337,26 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
+    """Return the blocks of the README in this language."""
     return re.findall(rf"(?m)^```{language}\n(.*?)^```", README, re.S)
 
 
-USAGE, *PROGRAMS, CONFTEST = blocks("python")
+USAGE, ARGPARSE, CLICK, TYPER, CONFTEST = blocks("python")
+programs = pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(ARGPARSE, id="argparse"),
+        pytest.param(CLICK, id="click", marks=packages),
+        pytest.param(TYPER, id="typer", marks=packages),
+    ],
+)
+groups = pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(CLICK, id="click", marks=packages),
+        pytest.param(TYPER, id="typer", marks=packages),
+    ],
+)
 
 
 @pytest.fixture
@@ -2347,92 +2365,262 @@ def readme(home, collector):
     (home / "trix_telemetry.py").write_text(SOURCE, encoding="utf-8")
     (home / "usage.py").write_text(USAGE.replace("https://otlp.example.com", collector.url))
 
-    def call(program, *arguments, **options):
+    def run_program(program, *arguments, **options):
         for library in ("click", "typer"):
             if f"import {library}" in program:
                 pytest.importorskip(library)
         (home / "acme.py").write_text(program)
         return run([sys.executable, home / "acme.py", *arguments], **options)
 
-    return call
+    return run_program
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_each_program_counts_what_really_runs_and_leaves_nothing_of_trix(readme, collector, home, program):
-    for arguments in ([], ["--help"], ["build", "--help"], ["build", "--wrong"], ["telemetry"]):
-        readme(program, *arguments)
+def test_the_first_block_is_two_commands_and_ci_runs_them():
+    lines = blocks("sh")[0].splitlines()
+
+    assert len(lines) == 2
+    assert lines[0] == "python3 trix_telemetry.py selftest"
+    assert lines[1].startswith("python3 -m venv .venv && ")
+    assert lines[1].endswith(" && .venv/bin/python -m pytest")
+
+
+@pytest.mark.parametrize("language", ["sh", "yaml", "sql", "python", "promql", "toml", "http", "text"])
+def test_no_line_of_a_block_is_longer_than_a_screen(language):
+    shown = blocks(language)
+
+    longest = max(len(line) for block in shown for line in block.splitlines())
+    assert longest <= 100
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(#([^)]+)\)", README))), ids=lambda link: link)
+def test_each_link_leads_to_a_heading(link):
+    headings = re.findall(r"(?m)^#+ (.+)$", README)
+
+    assert link in [heading.lower().replace(" ", "-") for heading in headings]
+
+
+@programs
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param(["--help"], id="help"),
+        pytest.param(["build", "--help"], id="help-of-a-command"),
+        pytest.param(["build", "--wrong"], id="wrong-option"),
+        pytest.param(["telemetry"], id="telemetry"),
+    ],
+)
+def test_a_program_counts_nothing_that_does_not_run(readme, collector, program, arguments):
+    readme(program, *arguments)
+
     assert collector.requests == []
-    done = readme(program, "build")
-    assert (done.returncode, done.stdout, collector.commands) == (0, "", ["build"])
+
+
+@programs
+def test_a_program_counts_a_command_and_shows_the_notice(readme, collector, program):
     notice = blocks("text")[0].replace("https://otlp.example.com", collector.url)
-    assert done.stderr == notice
-    status = readme(program, "telemetry").stdout
-    fingerprint = (home / ".config" / "acme" / "telemetry" / "fingerprint").read_text()
-    path = home / ".config" / "acme" / "telemetry" / "config.toml"
-    shown = blocks("text")[1].replace("https://otlp.example.com", collector.url)
-    shown = re.sub("(Endpoint .*)", r"\1 (not encrypted)", shown)
-    shown = re.sub(r"[0-9a-f]{64}", fingerprint, shown)
-    assert status == re.sub(r"/home/me/\S+", lambda _: str(path), shown)
-    for arguments in (["--help"], ["status", "--json"], ["preview"], ["selftest"], ["disable"]):
-        done = readme(program, "telemetry", *arguments)
-        assert (done.returncode, done.stderr) == (0, "")
-        said = done.stdout.replace("User-Agent: trix-telemetry/3.0.0", "").replace(str(home), "")
-        assert "trix" not in said.lower()
-    assert is_silent(readme(program, "build"))
-    assert len(collector.requests) == 1
+
+    done = readme(program, "build")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", notice)
+    assert collector.commands == ["build"]
+
+
+@groups
+def test_a_program_counts_a_command_of_a_nested_group(readme, collector, program):
+    done = readme(program, "remote", "add")
+
+    assert (done.returncode, done.stdout) == (0, "")
+    assert collector.commands == ["remote-add"]
+
+
+@programs
+def test_a_program_shows_the_status(readme, collector, home, program):
+    readme(program, "build")
+    directory = home / ".config" / "acme" / "telemetry"
+    shown = blocks("text")[1]
+    for example, value in {
+        "https://otlp.example.com/v1/metrics": f"{collector.url}/v1/metrics (not encrypted)",
+        FINGERPRINT_OF_README: (directory / "fingerprint").read_text(),
+        "/home/me/.config/acme/telemetry/config.toml": str(directory / "config.toml"),
+    }.items():
+        shown = shown.replace(example, value)
+
+    done = readme(program, "telemetry")
+
+    assert done.stdout == shown
+
+
+@programs
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--help"], id="help"),
+        pytest.param(["status", "--json"], id="status"),
+        pytest.param(["preview"], id="preview"),
+        pytest.param(["selftest"], id="selftest"),
+        pytest.param(["disable"], id="disable"),
+    ],
+)
+def test_a_program_says_nothing_of_trix(readme, home, program, arguments):
+    done = readme(program, "telemetry", *arguments)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.replace("User-Agent: trix-telemetry/3.0.0", "").replace(str(home), "")
+    assert "trix" not in said.lower()
     assert not (home / ".tx3").exists()
 
 
-def test_the_request_is_shown_to_the_byte(readme, collector, home):
-    shown, _, pretty = blocks("http")[0].partition("\n\n")
+@programs
+def test_a_program_whose_telemetry_is_disabled_is_silent(readme, collector, program):
+    readme(program, "telemetry", "disable")
+
+    done = readme(program, "build")
+
+    assert is_silent(done)
+    assert collector.requests == []
+
+
+def test_the_keys_of_the_status_are_named():
+    done = cli("status", "--json")
+
+    for key in json.loads(done.stdout):
+        assert f"`{key}`" in README
+
+
+FINGERPRINT_OF_README = "a1b2c3d4e5f60718293a4b5c6d7e8f90a1b2c3d4e5f60718293a4b5c6d7e8f90"
+
+
+def test_the_request_is_shown_to_the_byte(readme, home):
+    head, _, pretty = blocks("http")[0].partition("\n\n")
+    body = json.dumps(json.loads(pretty), separators=(",", ":"))
     directory = home / ".config" / "acme" / "telemetry"
     directory.mkdir(parents=True)
-    fingerprint = re.search("[0-9a-f]{64}", pretty)[0]
-    (directory / "fingerprint").write_text(fingerprint)
+    (directory / "fingerprint").write_text(FINGERPRINT_OF_README)
     env = {"ACME_TELEMETRY_ENDPOINT": "https://otlp.example.com", "DO_NOT_TRACK": "1"}
-    done = readme(PROGRAMS[0], "telemetry", "preview", env=env)
-    head, _, body = done.stdout.partition("\n\n")
-    assert head == shown
-    compact = json.dumps(json.loads(pretty), separators=(",", ":"))
-    assert re.sub(r'Nano":"\d{19}"', "", body.strip()) == re.sub(r'Nano":"\d{19}"', "", compact)
-    assert f"Content-Length: {len(compact)}" in head
+
+    done = readme(ARGPARSE, "telemetry", "preview", env=env)
+
+    shown_head, _, shown_body = done.stdout.partition("\n\n")
+    assert shown_head == head
+    assert f"Content-Length: {len(body)}" in head
+    time_digits = r'(?<=Nano":")\d{19}'
+    assert re.sub(time_digits, "", shown_body) == re.sub(time_digits, "", body) + "\n"
+
+
+def test_the_config_is_valid(home):
+    directory = home / ".config" / "acme" / "telemetry"
+    directory.mkdir(parents=True)
+    (directory / "config.toml").write_text(blocks("toml")[0])
+
+    settings = "service_name='acme', service_version='1', endpoint='https://otlp.example.com'"
+    done = tool(f"""
+        trix_telemetry.initialize_telemetry({settings})
+        trix_telemetry.main(["status"])
+    """)
+
+    first, endpoint, *_ = done.stdout.splitlines()
+    assert first == "Telemetry of acme is on"
+    assert endpoint == "  Endpoint     https://collector.example.com/v1/metrics"
 
 
 def test_the_conftest_keeps_a_test_run_silent(readme, collector, home):
     (home / "conftest.py").write_text(CONFTEST)
-    (home / "test_acme.py").write_text(f"{USAGE}\ndef test():\n    track_command_execution('build')\n")
+    (home / "test_acme.py").write_text(f"""
+{USAGE}
+
+def test():
+    track_command_execution("build")
+""")
     env = {"ACME_TELEMETRY_ENDPOINT": collector.url}
+
     done = run([sys.executable, "-m", "pytest", "-s", "-q", home], env=env, cwd=home)
-    assert (done.returncode, done.stderr, collector.requests) == (0, "", [])
+
+    assert (done.returncode, done.stderr) == (0, "")
     assert "telemetry" not in done.stdout
+    assert collector.requests == []
 
 
-def test_the_queries_count_what_was_sent(collector, home, monkeypatch, config):
-    reason = "pip install duckdb chdb: they run the queries of the README"
-    duckdb = pytest.importorskip("duckdb", reason=reason)
-    chdb = pytest.importorskip("chdb", reason=reason)
-    monkeypatch.setenv("TRIX_TELEMETRY_ENDPOINT", collector.url)
+@pytest.fixture
+def ten_runs(collector, home):
+    """Six runs of build and four of test, by two users: the bodies of their requests."""
     for user in ("one", "two"):
-        monkeypatch.setenv("HOME", str(home / user))
-        directory = home / user / ".tx3" / "trix"
-        directory.mkdir(parents=True)
-        (directory / "config.toml").write_text(NEW_CONFIG)
-        for _ in range(3):
-            track("build")
-        at_one_moment(2, TRACK.replace("build", "test"))
+        env = {"HOME": str(home / user), "ACME_TELEMETRY_ENDPOINT": collector.url}
+        for command in ("build", "test", "build", "test", "build"):
+            settings = "service_name='acme', service_version='1', endpoint=''"
+            tool(
+                f"""
+                trix_telemetry.initialize_telemetry({settings})
+                trix_telemetry.track_command_execution({command!r})
+                """,
+                env=env,
+            )
+    return [body for _, _, body in collector.requests]
+
+
+@packages
+@posix
+def test_the_query_for_duckdb_counts_what_was_sent(ten_runs, home, monkeypatch):
+    duckdb = pytest.importorskip("duckdb")
+    (home / "points.jsonl").write_bytes(b"\n".join(ten_runs) + b"\n")
     monkeypatch.chdir(home)
-    lines = b"\n".join(body for _, _, body in collector.requests)
-    (home / "points.jsonl").write_bytes(lines + b"\n")
-    duck, click_house = blocks("sql")
-    assert duckdb.sql(duck).fetchall() == [("build", 6, 2), ("test", 4, 2)]
-    assert str(chdb.query(click_house, "CSV")) == '"build",6,2\n"test",4,2\n'
+
+    rows = duckdb.sql(blocks("sql")[0]).fetchall()
+
+    assert rows == [("build", 6, 2), ("test", 4, 2)]
+
+
+# The columns that the query uses, of the table that the Collector's exporter makes.
+CLICKHOUSE_TABLE = """
+CREATE DATABASE acme;
+USE acme;
+CREATE TABLE otel_metrics_sum (
+    ResourceAttributes Map(LowCardinality(String), String),
+    MetricName LowCardinality(String),
+    Attributes Map(LowCardinality(String), String),
+    TimeUnix DateTime,
+    Value Float64
+) ENGINE = MergeTree ORDER BY (MetricName, TimeUnix);
+INSERT INTO otel_metrics_sum SELECT * FROM file('rows.jsonl', 'JSONEachRow')
+"""
+
+
+@packages
+@posix
+def test_the_query_for_clickhouse_counts_what_was_sent(ten_runs, home, monkeypatch):
+    sessions = pytest.importorskip("chdb.session")
+    monkeypatch.chdir(home)
+    with open("rows.jsonl", "w") as file:
+        for point in map(Point, ten_runs):
+            row = {
+                "ResourceAttributes": point.resource,
+                "MetricName": point.metric["name"],
+                "Attributes": {"command_name": point.command},
+                "TimeUnix": point.end // 1_000_000_000,
+                "Value": int(point.data["asInt"]),
+            }
+            print(json.dumps(row), file=file)
+    engine = sessions.Session(str(home / "clickhouse"))
+    for statement in CLICKHOUSE_TABLE.split(";"):
+        engine.query(statement)
+
+    rows = str(engine.query(blocks("sql")[1].rstrip(";\n"), "CSV"))
+
+    engine.close()
+    assert rows == '"build",6,2,0.2\n"test",4,2,0.1\n'
 
 
 # The benchmark: python -m pytest -m bench -s
 
 BENCH_RUNS = int(os.environ.get("BENCH_RUNS", "21"))
 BENCH_FLOOR = """
-import atexit, json, os, threading, urllib.request
+import atexit
+import json
+import os
+import threading
+import urllib.request
+
+
 def send():
     value = {"stringValue": "x" * 64}
     body = json.dumps({"resourceMetrics": [{"a": {"key": "k", "value": value}} for _ in range(4)]})
@@ -2441,39 +2629,87 @@ def send():
     url = os.environ["TRIX_TELEMETRY_ENDPOINT"] + "/v1/metrics"
     headers = {"Content-Type": "application/json"}
     opener.open(urllib.request.Request(url, body.encode(), headers), timeout=2).close()
+
+
 thread = threading.Thread(target=send, daemon=True)
 thread.start()
 atexit.register(thread.join, 2)
 """
-BENCH_SDK = """
+# What a tool would take instead, each as its documentation shows it.
+BENCH_PEERS = {
+    "opentelemetry.sdk": """
 import os
 from opentelemetry.exporter.otlp.json.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
-endpoint = os.environ["TRIX_TELEMETRY_ENDPOINT"] + "/v1/metrics"
-provider = MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=endpoint))])
-provider.get_meter("trix").create_counter("trix_command_invocation").add(1)
-"""
 
+exporter = OTLPMetricExporter(endpoint=os.environ["TRIX_TELEMETRY_ENDPOINT"] + "/v1/metrics")
+provider = MeterProvider([PeriodicExportingMetricReader(exporter)])
+counter = provider.get_meter("acme").create_counter("acme_command_invocation")
+counter.add(1, {"command_name": "build"})
+""",
+    "otelmini": """
+import os
+from otelmini.metric import HttpMetricExporter, MeterProvider, PeriodicExportingMetricReader
 
+exporter = HttpMetricExporter(endpoint=os.environ["TRIX_TELEMETRY_ENDPOINT"] + "/v1/metrics")
+provider = MeterProvider([PeriodicExportingMetricReader(exporter)])
+counter = provider.get_meter("acme").create_counter("acme_command_invocation")
+counter.add(1, {"command_name": "build"})
+""",
+    "posthog": """
+import os
+from posthog import Posthog
+
+client = Posthog("key", host=os.environ["TRIX_TELEMETRY_ENDPOINT"])
+client.capture("build", distinct_id="a1b2c3")
+""",
+    # It does not wait at exit, so that its request would be lost here: the last line waits.
+    "huggingface_hub": """
+import os
+
+os.environ["HF_ENDPOINT"] = os.environ["TRIX_TELEMETRY_ENDPOINT"]
+from huggingface_hub.utils import _telemetry, send_telemetry
+
+send_telemetry("acme/build", library_name="acme", library_version="1.4.0")
+_telemetry._TELEMETRY_QUEUE.join()
+""",
+}
 BENCH_CALLER = """
-import threading, time
+import threading
+import time
+
+
 def time_call(function, *args):
     began = time.perf_counter()
     thread = function(*args)
     took = time.perf_counter() - began
     thread.join()
     return took * 1000
+
+
 def start():
     thread = threading.Thread(target=int, daemon=True)
     thread.start()
     return thread
+
+
 bare = [time_call(start) for _ in range(31)]
 call = [time_call(trix_telemetry.track_command_execution, "build") for _ in range(31)]
 print(call[0], bare[0], sorted(call)[15], sorted(bare)[15])
 """
+BENCH_FIRST_CALL = """
+import time
+
+began = time.perf_counter()
+trix_telemetry.track_command_execution("build")
+print((time.perf_counter() - began) * 1000)
+"""
 BENCH_IMPORT = """
-import sys, time; sys.path.insert(0, {path!r})
+import sys
+import time
+
+sys.path.insert(0, {path!r})
 began = time.perf_counter()
 import trix_telemetry
 trix_telemetry.track_command_execution("build")
@@ -2487,33 +2723,46 @@ def measure(code, env):
     """Return CPU and wall milliseconds of a whole process."""
     import resource
 
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    null = subprocess.DEVNULL
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
     # Without a time limit, for which Python would look at the process now and then.
-    assert subprocess.Popen([sys.executable, "-c", code], env=env, stdout=-3, stderr=-3, stdin=-3).wait() == 0
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=null, stdout=null, stderr=null)
+    assert process.wait() == 0
+    wall = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (sum(after[:2]) - sum(before[:2])) * 1000, (time.perf_counter() - began) * 1000
+    return (sum(after[:2]) - sum(before[:2])) * 1000, wall * 1000
 
 
-def repeat(code, env, runs=BENCH_RUNS, before=lambda: None):
-    """Return the medians of the figures that a process prints, and that of the ratio of the first two."""
+def repeat(code, env, runs=BENCH_RUNS, before=None):
+    """Return the medians of the figures that a process prints, and of the first by the last."""
     rows = []
     for _ in range(runs):
-        before()
-        rows.append(list(map(float, run([sys.executable, "-c", code], env=env).stdout.split())))
-    return *map(statistics.median, zip(*rows, strict=True)), statistics.median(row[0] / row[-1] for row in rows)
+        if before is not None:
+            before()
+        said = run([sys.executable, "-c", code], env=env).stdout
+        rows.append([float(figure) for figure in said.split()])
+    medians = [statistics.median(figures) for figures in zip(*rows, strict=True)]
+    ratio = statistics.median(row[0] / row[-1] for row in rows)
+    return *medians, ratio
 
 
 @pytest.mark.bench
 def test_bench(collector, secure, home, state, config, capsys):
-    """Print one table; each ratio is the median over pairs, measured in turn in this run."""
+    """Print the tables of the README; each ratio is the median over pairs of one run."""
     (home / "empty" / AUTHORITY_HASH).write_text(AUTHORITY)
     (home / "copy").mkdir()
     (home / "copy" / "trix_telemetry.py").write_text(SOURCE, encoding="utf-8")
     path = state / "config.toml"
-    http = {"TRIX_TELEMETRY_ENDPOINT": collector.url, "BENCH_HANDLER": "HTTPHandler", "PYTHONDONTWRITEBYTECODE": None}
-    tls = http | {"TRIX_TELEMETRY_ENDPOINT": secure.url, "BENCH_HANDLER": "HTTPSHandler"}
-    edited, off = NEW_CONFIG.replace("2000", "30000"), NEW_CONFIG.replace("true", "false")
+    http = {
+        "TRIX_TELEMETRY_ENDPOINT": collector.url,
+        "BENCH_HANDLER": "HTTPHandler",
+        "PYTHONDONTWRITEBYTECODE": None,
+    }
+    tls = {**http, "TRIX_TELEMETRY_ENDPOINT": secure.url, "BENCH_HANDLER": "HTTPSHandler"}
+    edited = NEW_CONFIG.replace("2000", "30000")
+    off = NEW_CONFIG.replace("true", "false")
     rows = {
         "bare interpreter": ("", http, off, "bare interpreter"),
         "off": (script(), http, off, "bare interpreter"),
@@ -2524,8 +2773,9 @@ def test_bench(collector, secure, home, state, config, capsys):
         "floor, TLS": (BENCH_FLOOR, tls, off, "floor, TLS"),
         "on, TLS": (script(), tls, NEW_CONFIG, "floor, TLS"),
     }
-    if importlib.util.find_spec("opentelemetry"):
-        rows["OpenTelemetry SDK"] = (BENCH_SDK, http, off, "floor")
+    for package, code in BENCH_PEERS.items():
+        if importlib.util.find_spec(package.partition(".")[0]):
+            rows[package] = (code, http, off, "floor")
     results = {name: [] for name in rows}
     for number in range(BENCH_RUNS + 1):
         for name, (code, env, text, _) in rows.items():
@@ -2533,21 +2783,31 @@ def test_bench(collector, secure, home, state, config, capsys):
             if not text:
                 path.unlink()
             result = measure(code, env)
-            results[name] += [result] * bool(number)
-    lines = [f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, medians of {BENCH_RUNS} runs"]
+            # The first round fills the caches.
+            if number > 0:
+                results[name].append(result)
+    python = sys.version.split()[0]
+    lines = [f"Python {python}, {os.cpu_count()} cores, medians of {BENCH_RUNS} runs"]
     for name, runs in results.items():
-        cpu, wall = map(statistics.median, zip(*runs, strict=True))
-        ratio = statistics.median(r[0] / f[0] for r, f in zip(runs, results[rows[name][3]], strict=True))
-        lines.append(f"{name:<20}{cpu:7.1f} ms CPU {wall:7.1f} ms wall   {ratio:.2f} of {rows[name][3]}")
+        cpu, wall = (statistics.median(figures) for figures in zip(*runs, strict=True))
+        floor = rows[name][3]
+        pairs = zip(runs, results[floor], strict=True)
+        ratio = statistics.median(run[0] / of_floor[0] for run, of_floor in pairs)
+        lines.append(f"| {name} | {cpu:.1f} ms | {wall:.1f} ms | {ratio:.2f} of {floor} |")
     config(NEW_CONFIG)
     first, first_start, later, start, _ = repeat(script(BENCH_CALLER), http, 15)
     lines.append(f"first call {first:.2f} ms, a first thread start {first_start:.2f} ms")
     lines.append(f"later call {later:.2f} ms, a later thread start {start:.2f} ms")
-    code = script(f"import time\nbegan = time.perf_counter()\n{TRACK}print((time.perf_counter() - began) * 1000)")
-    lines.append(f"call of the first run, with the notice: {repeat(code, http, 9, path.unlink)[0]:.1f} ms")
+    bare = repeat(script(BENCH_FIRST_CALL), http, 15)[0]
+    lines.append(f"first call without threading loaded: {bare:.1f} ms")
+    told = repeat(script(BENCH_FIRST_CALL), http, 15, path.unlink)[0]
+    lines.append(f"call of the first run, with the notice: {told:.1f} ms")
     config(off)
-    for name, where, more in (("off", HERE, {}), ("off, no bytecode", home / "copy", {"PYTHONDONTWRITEBYTECODE": "1"})):
-        took, _, ratio = repeat(BENCH_IMPORT.format(path=str(where)), http | more)
+    for name, where, more in (
+        ("off", HERE, {}),
+        ("off, no bytecode", home / "copy", {"PYTHONDONTWRITEBYTECODE": "1"}),
+    ):
+        took, _, ratio = repeat(BENCH_IMPORT.format(path=str(where)), {**http, **more})
         lines.append(f"{name}: import and call {took:.2f} ms, {ratio:.2f} of import json")
     with capsys.disabled():
         print("\n" + "\n".join(lines))
