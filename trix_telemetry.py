@@ -1048,17 +1048,21 @@ def forget_session() -> None:
     current_session = None
 
 
-def close_session() -> None:
-    """Wait at exit for the deliveries under way."""
-    if current_session is None:
-        return
-    # Who reads the host's pipes has all of the output before the wait.
+def flush_output() -> None:
+    """Give who reads the host's pipes all of the output before the wait."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (AttributeError, OSError, ValueError):
             pass
+
+
+def close_session() -> None:
+    """Wait at exit for the deliveries under way."""
+    if current_session is None:
+        return
     try:
+        flush_output()
         current_session.close()
     except Exception:
         # Python would print it as the host's own failure.
