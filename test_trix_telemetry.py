@@ -35,6 +35,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 MODULE = HERE / "trix_telemetry.py"
 SOURCE = MODULE.read_text(encoding="utf-8")
 FINGERPRINT = "0123456789abcdef" * 4
+ENDPOINT = "TRIX_TELEMETRY_ENDPOINT"
 # Seconds that a test waits at most. It is no budget: a busy machine may need them.
 LONG = 60
 NEW_CONFIG = """\
@@ -196,7 +197,7 @@ def new_collector():
 def collector(new_collector, monkeypatch):
     """The collector that the environment names as the endpoint of Trix."""
     collector = new_collector()
-    monkeypatch.setenv("TRIX_TELEMETRY_ENDPOINT", collector.url)
+    monkeypatch.setenv(ENDPOINT, collector.url)
     return collector
 
 
@@ -913,7 +914,7 @@ def test_a_bad_endpoint_in_the_config_is_off_and_named(config, capfd, base):
 @cases("base", BAD_ENDPOINTS)
 def test_a_bad_endpoint_in_the_variable_is_off_and_named(config, capfd, monkeypatch, base):
     config()
-    monkeypatch.setenv("TRIX_TELEMETRY_ENDPOINT", base)
+    monkeypatch.setenv(ENDPOINT, base)
     track()
 
     code = trix_telemetry.main(["status"])
@@ -1352,7 +1353,6 @@ def test_debug_sends_and_makes_nothing(collector, home):
     assert names(home) == []
 
 
-ENDPOINT = "TRIX_TELEMETRY_ENDPOINT"
 REASONS = {
     "do-not-track": (
         {"DO_NOT_TRACK": "1", "TRIX_TELEMETRY": "0"},
@@ -2288,9 +2288,12 @@ This command is the first to be counted. This notice is shown once.
 
 
 def test_the_notice_is_complete_before_the_call_returns(collector, capfd):
-    trix_telemetry.track_command_execution("build")
+    thread = trix_telemetry.track_command_execution("build")
+    said = capfd.readouterr().err
 
-    assert capfd.readouterr().err.endswith("python -m trix_telemetry disable\n")
+    thread.join(LONG)
+
+    assert said.endswith("python -m trix_telemetry disable\n")
 
 
 def test_a_second_run_is_silent_and_counts(collector, capfd):
@@ -2667,6 +2670,62 @@ def test_a_user_who_puts_links_in_the_way_of_root_gets_no_file_of_root(home, for
     assert secret.read_text() == "of root"
 
 
+# Servers that are hostile: each speaks with one connection
+
+
+def close(connection):
+    """End a connection at once."""
+
+
+def silence(connection):
+    """Accept a connection, and never answer."""
+    time.sleep(LONG)
+
+
+def answer_late(connection):
+    connection.recv(65536)
+    time.sleep(1.4)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+    connection.recv(65536)
+
+
+def reset(connection):
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def flood(connection):
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n")
+    while True:
+        connection.sendall(b"x" * 65536)
+
+
+def drip(first, more, pause):
+    """Return a function that sends `first`, and then `more` again and again."""
+
+    def speak(connection):
+        connection.recv(65536)
+        connection.sendall(first)
+        for _ in range(int(LONG / pause)):
+            connection.sendall(more)
+            time.sleep(pause)
+
+    return speak
+
+
+def say(*parts):
+    """Return a function that sends these parts and closes the connection."""
+
+    def speak(connection):
+        connection.recv(65536)
+        for part in parts:
+            connection.sendall(part)
+
+    return speak
+
+
 # The thread: a host is unharmed, whatever the network does
 
 
@@ -2943,59 +3002,6 @@ def test_a_host_that_dies_of_a_broken_pipe_lives(hostile, config, scheme):
     done = run_tool(f"import signal\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\n{TRACK}")
 
     assert_silent(done)
-
-
-def close(connection):
-    """End a connection at once."""
-
-
-def silence(connection):
-    """Accept a connection, and never answer."""
-    time.sleep(LONG)
-
-
-def answer_late(connection):
-    connection.recv(65536)
-    time.sleep(1.4)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-    connection.recv(65536)
-
-
-def reset(connection):
-    connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 200")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-
-
-def flood(connection):
-    connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n")
-    while True:
-        connection.sendall(b"x" * 65536)
-
-
-def drip(first, more, pause):
-    """Return a function that sends `first`, and then `more` again and again."""
-
-    def speak(connection):
-        connection.recv(65536)
-        connection.sendall(first)
-        for _ in range(int(LONG / pause)):
-            connection.sendall(more)
-            time.sleep(pause)
-
-    return speak
-
-
-def say(*parts):
-    """Return a function that sends these parts and closes the connection."""
-
-    def speak(connection):
-        connection.recv(65536)
-        for part in parts:
-            connection.sendall(part)
-
-    return speak
 
 
 STATUS_LINE = b"HTTP/1.1 200 OK\r\n"
