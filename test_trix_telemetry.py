@@ -1694,7 +1694,7 @@ def test_junk_that_a_link_leads_to_is_left_alone(collector, home, config, state)
 
 def write_backoff(collector, state, age=0, reason="slow"):
     path = state / "backoff"
-    path.write_text(f"{collector.url}/v1/metrics\n{reason}\n")
+    path.write_bytes(f"{collector.url}/v1/metrics\n{reason}\n".encode())
     os.utime(path, (time.time() - age, time.time() - age))
     return path
 
@@ -3992,6 +3992,18 @@ def test_a_track_that_is_refused_for_load_begins_a_back_off(collector, config, s
     command("track", "build")
 
     assert "HTTP 503" in (state / "backoff").read_text()
+
+
+def test_track_tells_the_answer_where_a_back_off_cannot_be_written(
+    collector, config, state, command
+):
+    config()
+    (state / "backoff").mkdir()
+    collector.answer = (503, {}, b"busy")
+
+    done = command("track", "build")
+
+    assert_error(done, r"http://.*/v1/metrics after \d+ ms: HTTP 503: busy")
 
 
 @cases(

@@ -585,9 +585,13 @@ class Storage:
         write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
 
     def heed_status(self, url: str, status: int) -> None:
-        """Begin a back-off where the collector asks for one. Raise OSError."""
-        if status in (429, 503):
+        """Begin a back-off where the collector asks for one and the disk can be written."""
+        if status not in (429, 503):
+            return
+        try:
             self.write_backoff(url, f"the collector answered HTTP {status}")
+        except OSError:
+            pass
 
 
 # The client: one collector
