@@ -1536,7 +1536,7 @@ def test_what_is_made_is_for_the_user_alone_under_any_umask(collector, home, sta
 WATCH_MODES = """
 import os
 
-os.umask(0o777)
+os.umask(0o277)
 
 
 def watch(event, arguments):
@@ -1774,20 +1774,25 @@ def test_enable_ends_a_back_off(collector, config, state):
     assert names(state) == ["config.toml"]
 
 
+def let_others_in(directory):
+    """Let another user reach a directory below that of this test run."""
+    for parent in directory.parents:
+        if "pytest" in str(parent):
+            parent.chmod(parent.stat().st_mode | 0o055)
+
+
 @pytest.fixture
 def locked(home, state):
     """Makes a home of which nothing can be changed; a tool of root's becomes another user in it."""
     state.mkdir(parents=True)
     paths = [state, state.parent, home]
-    parents = [path for path in home.parents if "pytest" in path.name]
 
     def lock(mode):
         for path in state.iterdir():
             path.chmod(mode)
         for path in paths:
             path.chmod(0o555)
-        for path in parents:
-            path.chmod(path.stat().st_mode | 0o055)
+        let_others_in(home)
 
     yield lock
     for path in paths:
@@ -1867,6 +1872,18 @@ def test_status_of_a_home_that_cannot_be_written(collector, config, locked, text
 
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(f"Telemetry of trix-cli is {says}", first_line(done))
+
+
+@root
+def test_a_user_can_use_what_is_made_under_a_umask_of_no_rights(collector, home, state):
+    os.chown(home, NOBODY_ID, NOBODY_ID)
+    let_others_in(home)
+
+    done = run_tool(f"{BECOME_NOBODY}os.umask(0o777)\n{TRACK}")
+
+    assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
+    assert collector.commands == ["build"]
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
 
 
 FULL_DISK = """
@@ -2649,8 +2666,7 @@ while True:
 @root
 def test_a_user_who_puts_links_in_the_way_of_root_gets_no_file_of_root(home, foreign):
     theirs = foreign("their-home")
-    for parent in [path for path in theirs.parents if "pytest" in str(path)]:
-        parent.chmod(0o755)
+    let_others_in(theirs)
     secret = home / "secret"
     secret.write_text("of root")
     secret.chmod(0o600)
@@ -3872,8 +3888,7 @@ def test_a_config_that_is_read_only_is_not_edited(config, state):
     if os.name != "nt":
         for each in (state, state.parent, state.parent.parent):
             each.chmod(0o777)
-        for parent in [each for each in state.parents if "pytest" in each.name]:
-            parent.chmod(parent.stat().st_mode | 0o055)
+        let_others_in(state.parent.parent)
         code = BECOME_NOBODY + code
 
     done = run_tool(code)

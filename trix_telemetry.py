@@ -502,13 +502,19 @@ def make_directory(path: str) -> None:
         return
     make_directory(os.path.dirname(path))
     os.makedirs(path, 0o700, exist_ok=True)
-    if sys.platform != "win32":
-        # A umask may have taken bits away.
+    if sys.platform == "win32":
+        return
+    # A umask may have taken bits away.
+    try:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fchmod(descriptor, 0o700)
-        finally:
-            os.close(descriptor)
+    except PermissionError:
+        # The right to read, too, which root always has. For another user a path is safe.
+        os.chmod(path, 0o700)
+        return
+    try:
+        os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
 
 
 def make_fingerprint() -> str:
