@@ -2747,7 +2747,6 @@ def say(*parts):
 
 HOSTS = {
     "ends-at-once": TRACK,
-    "an-exit-code-of-its-own": f"{TRACK}sys.exit(0)",
     "no-stdout": f"{TRACK}sys.stdout = None",
     "an-event-loop": """
         import asyncio
