@@ -513,9 +513,21 @@ def test_metric_name_and_directory_can_be_given(acme, home):
     assert names(home / "own") == ["config.toml", "fingerprint"]
 
 
-def test_a_directory_can_be_a_path(collector, home):
+class OwnPath:
+    """A path of another class than pathlib's."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __fspath__(self):
+        return self.path
+
+
+@pytest.mark.parametrize("kind", [pathlib.Path, OwnPath])
+def test_a_directory_can_be_a_path(collector, home, kind):
+    directory = kind(home / "own")
     trix_telemetry.initialize_telemetry(
-        service_name="acme", service_version="1", endpoint=collector.url, directory=home / "own"
+        service_name="acme", service_version="1", endpoint=collector.url, directory=directory
     )
 
     track()
@@ -650,7 +662,14 @@ def test_metric_directory_and_variable_follow_from_the_name(
     assert names(home / ".config") == [slug]
 
 
-@cases(("base", "made"), {"absolute": ("{home}/xdg", "xdg"), "relative": ("xdg", ".config")})
+@cases(
+    ("base", "made"),
+    {
+        "absolute": ("{home}/xdg", "xdg"),
+        "a-wide-space": ("{home}/x\u3000", "x\u3000"),
+        "relative": ("xdg", ".config"),
+    },
+)
 def test_xdg_config_home_counts_where_it_is_absolute(collector, home, monkeypatch, base, made):
     monkeypatch.chdir(home)
     monkeypatch.setenv("XDG_CONFIG_HOME", base.format(home=home))
@@ -720,6 +739,15 @@ def test_a_copy_with_its_values_edited_has_its_commands(edited_copy, command):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+class Unwilling:
+    """A value that is neither text nor truth."""
+
+    def __str__(self):
+        raise ZeroDivisionError
+
+    __bool__ = __str__
+
+
 WRONG_SETTINGS = {
     "endpoint-a-number": ("endpoint", 5),
     "endpoint-no-text": ("endpoint", "\ud800"),
@@ -727,15 +755,19 @@ WRONG_SETTINGS = {
     "service_name-bytes": ("service_name", b"x"),
     "service_name-empty": ("service_name", ""),
     "service_name-none": ("service_name", None),
+    "service_name-unwilling": ("service_name", Unwilling()),
     "service_name-a-zero": ("service_name", "a\0"),
     "service_version-a-number": ("service_version", 1.0),
     "service_version-none": ("service_version", None),
     "metric_name-a-list": ("metric_name", []),
     "directory-a-number": ("directory", 7),
+    "directory-a-zero": ("directory", "/a\0"),
+    "directory-bytes": ("directory", b"/a"),
     "directory-relative": ("directory", "relative"),
     "directory-empty": ("directory", ""),
     "directory-an-object": ("directory", object()),
     "environment-empty": ("environment", ""),
+    "prog-a-number": ("prog", 5),
     "prog-two-lines": ("prog", "a\nb"),
     "commands-a-text": ("commands", "build"),
     "commands-a-number": ("commands", 5),
@@ -744,6 +776,7 @@ WRONG_SETTINGS = {
     "headers-a-list": ("headers", ["a"]),
     "headers-with-a-number": ("headers", {"a": 1}),
     "docs_url-a-number": ("docs_url", 3),
+    "docs_url-unwilling": ("docs_url", Unwilling()),
     "opt_in-a-text": ("opt_in", "no"),
 }
 
@@ -784,6 +817,21 @@ def test_no_command_fails_with_a_traceback_for_a_wrong_setting(capfd, name, valu
         assert trix_telemetry.main(command) in (0, 1)
 
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["service_name", "directory", "prog"])
+def test_bytes_harm_no_host_in_which_they_are_an_error(home, name):
+    code = f"""
+        settings = dict(service_name="acme", service_version="1", endpoint="http://127.0.0.1:9")
+        settings[{name!r}] = b"x"
+        trix_telemetry.initialize_telemetry(**settings)
+        assert trix_telemetry.track_command_execution("build") is None
+    """
+
+    done = run_tool(code, "-bb")
+
+    assert_silent(done)
+    assert names(home) == []
 
 
 # Checks: command names, endpoints, headers, config.toml
@@ -2261,6 +2309,88 @@ def test_a_key_log_that_cannot_be_written_is_told_by_track(secure, home, config)
     assert_error(done, ".*No such file or directory.*")
 
 
+def test_a_proxy_of_tls_is_used(secure, home, config):
+    config()
+    env = {
+        "SSL_CERT_FILE": str(home / "authority.pem"),
+        "http_proxy": secure.url,
+        ENDPOINT: "http://collector.invalid",
+    }
+
+    done = run_tool(env=env)
+
+    assert_silent(done)
+    assert secure.requests[0][0] == "POST http://collector.invalid/v1/metrics HTTP/1.1"
+
+
+# Reads the bundle until the deadline is over.
+READ_LATE = """
+import ssl
+import time
+
+make = ssl.create_default_context
+began = time.monotonic()
+
+
+def make_late(**options):
+    if not options:
+        time.sleep(max(0, began + 1.2 - time.monotonic()))
+        print("read")
+    return make(**options)
+
+
+ssl.create_default_context = make_late
+trix_telemetry.track_command_execution("build")
+"""
+
+
+@posix
+@cases("name", {"the-bundle": "authority.pem", "a-directory-first": "01234567.0"})
+def test_the_end_waits_while_a_bundle_of_authorities_is_read(secure, home, config, name):
+    (home / "empty" / name).write_text(AUTHORITY)
+    config(timeout_ms=1000)
+
+    done = run_tool(READ_LATE)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
+
+
+# A daemon that lets go of its standard output while the name of the collector is looked up.
+CLOSE_LATE = """
+import os
+import socket
+
+find = socket.getaddrinfo
+
+
+def find_late(*arguments, **options):
+    found = find(*arguments, **options)
+    os.close(1)
+    return found
+
+
+socket.getaddrinfo = find_late
+trix_telemetry.track_command_execution("build").join()
+os._exit(0)
+"""
+
+
+def test_no_connection_takes_the_place_of_a_standard_stream(collector, config):
+    config()
+
+    run_tool(CLOSE_LATE)
+
+    assert collector.requests == []
+
+
+def test_no_connection_of_tls_takes_the_place_of_a_standard_stream(secure, home, config):
+    config()
+
+    run_tool(CLOSE_LATE, env={"SSL_CERT_FILE": str(home / "authority.pem")})
+
+    assert secure.requests == []
+
+
 def test_http_to_a_collector_of_tls_is_silent(secure, config):
     config()
 
@@ -2349,6 +2479,20 @@ def test_in_ci_a_config_that_is_there_counts(collector, config, monkeypatch):
     track()
 
     assert collector.commands == ["build"]
+
+
+def test_a_first_run_in_an_exit_hook_makes_and_says_nothing(collector, home):
+    code = """
+        import atexit
+        import threading
+
+        atexit.register(trix_telemetry.track_command_execution, "build")
+    """
+
+    done = run_tool(code)
+
+    assert_silent(done)
+    assert names(home) == []
 
 
 def test_a_first_run_without_an_endpoint_makes_imports_and_says_nothing(home):
@@ -2581,6 +2725,15 @@ def test_root_changes_nothing_in_a_directory_of_another_user(
 
 
 @root
+def test_a_link_to_itself_is_told_to_root(home):
+    (home / ".tx3").symlink_to(home / ".tx3")
+
+    done = run_command("reset")
+
+    assert_error(done, f"{home}/.tx3 is a link that leads nowhere")
+
+
+@root
 @pytest.mark.parametrize("command", ["preview", "selftest"])
 def test_preview_and_selftest_work_for_root_in_the_home_of_another_user(
     collector, home, foreign, command
@@ -2800,6 +2953,16 @@ http.client.HTTPConnection.debuglevel = 1
         last = Last()
         trix_telemetry.track_command_execution("build")
     """,
+    "a-stdout-of-its-own": f"""
+class Stream:
+    def flush(self):
+        sys.stdout = sys.__stdout__
+        raise ZeroDivisionError
+
+
+{TRACK}
+sys.stdout = Stream()
+""",
     "an-exit-hook": f"""
 import atexit
 
@@ -2818,6 +2981,28 @@ def test_a_host_is_unharmed_and_its_point_arrives(collector, config, code, flags
 
     assert_silent(done)
     assert collector.commands.count("build") == 1
+
+
+def test_a_thread_that_outlives_the_main_one_counts(collector, config):
+    config()
+    # Python 3.12 starts no thread then.
+    wanted = [] if sys.version_info[:2] == (3, 12) else ["build"]
+    code = """
+        import threading
+
+
+        def work():
+            threading.main_thread().join()
+            trix_telemetry.track_command_execution("build")
+
+
+        threading.Thread(target=work).start()
+    """
+
+    done = run_tool(code)
+
+    assert_silent(done)
+    assert collector.commands == wanted
 
 
 @cases("flags", {"isolated": ["-I", "-S"], "optimized": ["-OO"]})
@@ -2996,7 +3181,7 @@ def test_the_signals_of_a_host_are_left_to_the_host(hostile, config):
         import signal
 
         trix_telemetry.track_command_execution("build")
-        trix_telemetry.get_session().deliveries[0].is_prepared.wait()
+        trix_telemetry.get_session().deliveries.pop().is_prepared.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signal.sigwait([signal.SIGUSR1]) == signal.SIGUSR1
@@ -3270,6 +3455,82 @@ def test_a_signal_ends_the_wait(hostile, config, number, code, delay):
     assert process.returncode == code
 
 
+# A tool with a signal handler whose exception is nobody else's.
+STOP_SOON = """
+import os
+import signal
+
+
+class Stopped(BaseException):
+    pass
+
+
+def stop(number, frame):
+    raise Stopped
+
+
+signal.signal(signal.SIGALRM, stop)
+"""
+
+
+@posix
+def test_an_exception_of_a_signal_handler_ends_the_wait(hostile, config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
+
+    done = run_tool(f"{STOP_SOON}{TRACK}signal.setitimer(signal.ITIMER_REAL, 0.5)")
+
+    assert_silent(done)
+
+
+@posix
+def test_an_exception_of_a_signal_handler_ends_the_wait_before_a_fork(collector, config):
+    config(EDITED_CONFIG)
+    code = """
+import time
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tomllib":
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            time.sleep(0.3)
+
+
+sys.meta_path.insert(0, Finder())
+trix_telemetry.track_command_execution("build")
+if os.fork() == 0:
+    os._exit(0)
+"""
+
+    done = run_tool(STOP_SOON + code, "-W", "ignore")
+
+    assert_silent(done)
+    assert collector.commands == ["build"]
+
+
+INTERRUPTED = f"{TRACK}raise KeyboardInterrupt\n"
+SHELL = f"""
+{TRACK}
+import code
+
+code.InteractiveInterpreter().runsource("raise KeyboardInterrupt")
+"""
+
+
+@posix
+@cases("code", {"dies-of-ctrl-c": INTERRUPTED, "a-shell-within-goes-on": SHELL})
+def test_a_ctrl_c_has_the_exit_code_that_it_has_without(collector, config, home, code):
+    config()
+    tool = home / "tool.py"
+    tool.write_text(script(code))
+
+    without = run([sys.executable, tool], env={"DO_NOT_TRACK": "1"})
+    done = run([sys.executable, tool])
+
+    assert (done.returncode, done.stderr) == (without.returncode, without.stderr)
+    assert collector.commands == ["build"]
+
+
 @posix
 def test_a_reader_that_is_gone_changes_nothing(hostile, config):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=300)
@@ -3456,6 +3717,32 @@ def test_a_pool_of_processes_counts_each_call_once(collector, config, home, meth
 
     assert_silent(done)
     assert sorted(collector.commands) == ["child", "child", "child", "parent"]
+
+
+def test_a_start_that_is_interrupted_leaves_nothing_under_way(collector, config):
+    config(timeout_ms=60_000)
+    code = """
+        import contextlib
+        import threading
+
+
+        def interrupt(thread):
+            raise KeyboardInterrupt
+
+
+        start = threading.Thread.start
+        threading.Thread.start = interrupt
+        for _ in range(4):
+            with contextlib.suppress(KeyboardInterrupt):
+                trix_telemetry.track_command_execution("interrupted")
+        threading.Thread.start = start
+        trix_telemetry.track_command_execution("build")
+    """
+
+    done = run_tool(code, timeout=LONG / 2)
+
+    assert_silent(done)
+    assert collector.commands == ["build"]
 
 
 def test_four_deliveries_are_under_way_at_most(hostile, config):
@@ -4077,6 +4364,34 @@ def test_track_tells_a_point_that_was_rejected(collector, config, command, parti
     assert_error(done, rf"http://.*/v1/metrics after \d+ ms: {says}")
 
 
+@cases(
+    ("partial", "says"),
+    {
+        "no-number": ({"rejectedDataPoints": None, "errorMessage": "a warning"}, ": a warning"),
+        "no-words": ({"rejectedDataPoints": "0", "errorMessage": None}, ""),
+    },
+)
+def test_track_takes_null_for_what_is_missing(collector, config, command, partial, says):
+    config()
+    collector.answer = (200, {}, json.dumps({"partialSuccess": partial}).encode())
+
+    done = command("track", "build")
+
+    assert done.returncode == 0
+    assert done.stdout.endswith(f" ms: HTTP 200{says}\n")
+
+
+def test_track_tells_that_an_answer_is_too_long(collector, config, command):
+    config()
+    answer = {"partialSuccess": {"errorMessage": "x" * 5000, "rejectedDataPoints": "1"}}
+    collector.answer = (200, {}, json.dumps(answer).encode())
+
+    done = command("track", "build")
+
+    assert done.returncode == 0
+    assert done.stdout.endswith(" ms: HTTP 200: the answer is too long to be read to its end\n")
+
+
 def test_track_shows_a_warning_of_the_collector(collector, config, command):
     config()
     answer = {"partialSuccess": {"rejectedDataPoints": "0", "errorMessage": "a warning"}}
@@ -4274,6 +4589,19 @@ def test_the_stdout_of_a_host_is_kept(collector):
     assert done.stdout == "kept\n"
 
 
+def test_what_nobody_foresaw_is_told_in_one_line(capsys, monkeypatch):
+    class Stream:
+        def write(self, text):
+            raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+
+    code = trix_telemetry.main(["status"])
+
+    assert code == 1
+    assert capsys.readouterr().err == "trix-cli: error: ZeroDivisionError: odd\n"
+
+
 def test_a_stdout_that_the_host_closed_is_no_traceback(collector):
     done = run_tool("sys.stdout.close()\nsys.exit(trix_telemetry.main(['status']))")
 
@@ -4308,6 +4636,20 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped(encoding):
 
     assert first_line(done) == "Telemetry of \\u0416 is on"
     assert done.stdout.splitlines()[-1] == "strict"
+
+
+def test_help_escapes_what_the_encoding_of_stdout_lacks():
+    code = """
+        trix_telemetry.initialize_telemetry(
+            service_name="\\u0416", service_version="1", endpoint="", prog="\\u0416 usage"
+        )
+        trix_telemetry.main(["--help"])
+    """
+
+    done = run_tool(code, "-X", "utf8=0", env={"PYTHONIOENCODING": "ascii"})
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: \\u0416 usage ")
 
 
 AGAINST = {
@@ -4365,17 +4707,20 @@ def test_selftest_passes_with_any_settings(acme):
     assert "trix" not in done.stdout.replace("User-Agent: trix-telemetry/3.0.0", "")
 
 
-@cases(
-    ("name", "before", "after"),
-    {
-        "a-point-that-cannot-be-encoded": ("broken.py", '"asInt": "1"', '"asInt": 1 / 0'),
-        "a-name-that-cannot-be-imported": ("my.tool.py", "", ""),
-    },
-)
-def test_selftest_fails_where_something_is_broken(home, name, before, after):
-    (home / name).write_text(SOURCE.replace(before, after) if before else SOURCE)
+@pytest.mark.parametrize("name", ["my.tool.py", "usage"])
+def test_selftest_passes_under_any_name(home, name):
+    (home / name).write_text(SOURCE, encoding="utf-8")
 
     done = run([sys.executable, home / name, "selftest"])
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_selftest_fails_where_something_is_broken(home):
+    broken = SOURCE.replace('"asInt": "1"', '"asInt": 1 / 0')
+    (home / "broken.py").write_text(broken, encoding="utf-8")
+
+    done = run([sys.executable, home / "broken.py", "selftest"])
 
     assert (done.returncode, done.stderr) == (1, "")
     assert "FAILED  the first run shows the notice and sends: " in done.stdout

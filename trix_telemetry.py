@@ -134,7 +134,7 @@ RESERVED_HEADERS = (
 )
 
 
-# Errors: why nothing is sent
+# Errors: why nothing is sent, and how that is told
 
 
 class NotSent(Exception):
@@ -145,13 +145,23 @@ class InvalidSetting(NotSent):
     """A setting is invalid: its name and what is allowed, never its value."""
 
 
+class CommandError(Exception):
+    """A command of the command line failed, and why."""
+
+
+def describe_tool(settings: Settings) -> str:
+    """Return the name of the tool, also where it is not valid."""
+    name = settings.service_name
+    return make_printable(name if isinstance(name, str) else repr(name))
+
+
 def describe_error(error: Exception) -> str:
     """Return in one line what went wrong."""
     if isinstance(error, ImportError):
         return f"this Python has no module {error.name}"
-    if isinstance(error, (RuntimeError, TypeError, ValueError)):
-        return make_printable(f"{type(error).__name__}: {error}")
-    return make_printable(str(error))
+    if isinstance(error, (NotSent, CommandError, OSError)):
+        return make_printable(str(error))
+    return make_printable(f"{type(error).__name__}: {error}")
 
 
 def make_printable(text: str) -> str:
@@ -165,11 +175,13 @@ def make_printable(text: str) -> str:
 def check_settings(settings: Settings) -> None:
     """Raise InvalidSetting where a value of the vendor's cannot be used."""
     required = ("service_name", "metric_name", "environment")
-    for name in (*required, "service_version", "endpoint", "directory", "prog", "docs_url"):
+    for name in (*required, "service_version", "endpoint", "prog", "docs_url"):
         value = getattr(settings, name)
-        is_missing = name in required and not value
-        if not isinstance(value, str) or not value.isprintable() or is_missing:
+        is_line = isinstance(value, str) and value.isprintable()
+        if not is_line or (name in required and value == ""):
             raise InvalidSetting(f"{name} of the tool must be one line of text")
+    if not isinstance(settings.directory, str) or "\0" in settings.directory:
+        raise InvalidSetting("directory of the tool must be a path")
     if settings.commands is not None and not is_collection_of_names(settings.commands):
         raise InvalidSetting("commands of the tool must be a collection of names")
     if settings.headers is not None:
@@ -626,13 +638,15 @@ class OtlpClient:
         }
         return urllib.request.Request(self.url, body, headers, method="POST")
 
-    def post(self, body: bytes, deadline: float) -> "HTTPResponse":
+    def post(self, body: bytes, deadline: float, is_prepared: "threading.Event") -> "HTTPResponse":
         """Return the response, whatever its status; `deadline` is one of the monotonic clock.
 
-        Raise OSError, ValueError, http.client.HTTPException.
+        The event is set while there is only the network to wait for. Raise OSError, ValueError,
+        http.client.HTTPException.
         """
         request = self.build_request(body)
-        if not self.url.startswith("https:"):
+        if not needs_tls(self.url):
+            is_prepared.set()
             return open_request(request, None, deadline)
         import ssl
         import urllib.error
@@ -640,13 +654,23 @@ class OtlpClient:
         directory = find_hashed_directory()
         if directory is not None:
             context = ssl.create_default_context(capath=directory)
+            is_prepared.set()
             try:
                 return open_request(request, context, deadline)
             except urllib.error.URLError as error:
                 # The bundle may know an authority that the directory does not.
                 if not isinstance(error.reason, ssl.SSLCertVerificationError):
                     raise
-        return open_request(request, ssl.create_default_context(), deadline)
+            is_prepared.clear()
+        context = ssl.create_default_context()
+        is_prepared.set()
+        return open_request(request, context, deadline)
+
+
+def needs_tls(url: str) -> bool:
+    """Return whether the collector, or the proxy on the way to it, speaks TLS."""
+    proxy = find_proxies().get("http", "")
+    return url.startswith("https:") or proxy.lower().startswith("https:")
 
 
 def find_hashed_directory() -> "str | None":
@@ -669,17 +693,47 @@ def open_request(
 ) -> "HTTPResponse":
     import urllib.request
 
-    # The default opener follows redirects and opens files; this one does neither. A debug level
-    # that the host has set would print the request.
+    # The default opener follows redirects and opens files; this one does neither.
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(find_proxies()))
     opener.add_handler(urllib.request.UnknownHandler())
-    opener.add_handler(urllib.request.HTTPHandler(debuglevel=0))
-    if context is not None:
-        opener.add_handler(urllib.request.HTTPSHandler(debuglevel=0, context=context))
+    for handler in make_handlers(context):
+        opener.add_handler(handler)
     remaining = max(deadline - time.monotonic(), 0.001)
     response: HTTPResponse = opener.open(request, timeout=remaining)
     return response
+
+
+def make_handlers(context: "ssl.SSLContext | None") -> "list[urllib.request.BaseHandler]":
+    """Return handlers for http and, with a context, https."""
+    import http.client
+    import urllib.request
+
+    class Connection(http.client.HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            # The host may have closed a standard stream while the name was looked up.
+            if self.sock.fileno() <= 2:
+                raise NotSent("a standard stream was closed")
+
+    class Handler(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> "HTTPResponse":
+            return self.do_open(Connection, req)
+
+    # A debug level that the host has set would print the request.
+    handlers: list[urllib.request.BaseHandler] = [Handler(debuglevel=0)]
+    if context is None:
+        return handlers
+
+    class TlsConnection(http.client.HTTPSConnection, Connection):
+        """Connects as Connection does, and then begins TLS."""
+
+    class TlsHandler(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> "HTTPResponse":
+            return self.do_open(TlsConnection, req, context=context)
+
+    handlers.append(TlsHandler(debuglevel=0, context=context))
+    return handlers
 
 
 def find_proxies() -> "dict[str, str]":
@@ -730,10 +784,13 @@ def check_owner(path: str) -> None:
         found = os.lstat(path)
     except FileNotFoundError:
         return
-    if stat.S_ISLNK(found.st_mode):
-        check_owner(os.path.join(parent, os.readlink(path)))
     if found.st_uid != 0 and not stat.S_ISREG(found.st_mode):
         raise NotSent(f"{path} belongs to user {found.st_uid}, and this is root")
+    if stat.S_ISLNK(found.st_mode):
+        # One that leads to itself would be followed for ever.
+        if not os.path.exists(path):
+            raise NotSent(f"{path} is a link that leads nowhere")
+        check_owner(os.path.join(parent, os.readlink(path)))
 
 
 def check_first_run(settings: Settings, storage: Storage) -> None:
@@ -832,14 +889,13 @@ class Delivery:
         time.sleep(0.001)
         try:
             client, body = self.prepare()
-            self.is_prepared.set()
             self.send(client, body)
         except Exception:
             # The host learns of no failure; `track` shows it to the person who asks.
             pass
         finally:
             self.is_prepared.set()
-            self.session.deliveries.remove(self)
+            self.session.deliveries.discard(self)
 
     def prepare(self) -> "tuple[OtlpClient, bytes]":
         """Do all but the network. Raise NotSent, ImportError."""
@@ -866,7 +922,7 @@ class Delivery:
         """Post the data point. Raise NotSent, and what OtlpClient.post raises."""
         # The host may have become a daemon by now.
         check_streams()
-        with client.post(body, self.deadline) as response:
+        with client.post(body, self.deadline, self.is_prepared) as response:
             self.storage.heed_status(client.url, response.status)
             response.read1(MAX_BODY_BYTES)
 
@@ -910,7 +966,7 @@ def import_modules(*names: str) -> None:
 def import_network(url: str) -> None:
     """Import what encoding and sending use, which takes 30 ms. Raise ImportError."""
     import_modules("json", "hashlib", "socket", "encodings.idna", "urllib.request")
-    if url.startswith("https:"):
+    if needs_tls(url):
         import_modules("ssl")
     if sys.platform == "win32":
         import_modules("winreg")
@@ -927,26 +983,24 @@ class Session:
 
         # Reentrant: a signal handler may track while the thread that it interrupts does.
         self.lock = threading.RLock()
-        self.deliveries: list[Delivery] = []
+        self.deliveries: set[Delivery] = set()
         self.interval_end = 0
         self.fingerprint = ""
         self.has_warned = False
 
     def start(self, delivery: Delivery) -> None:
         """Start the delivery's thread. Raise NotSent; RuntimeError where threads cannot start."""
-        import threading
-
         with self.lock:
             if len(self.deliveries) >= MAX_DELIVERIES:
                 raise NotSent(f"{MAX_DELIVERIES} deliveries are under way")
-            if not threading.main_thread().is_alive():
-                raise NotSent("the process is ending")
-            # Before the start, which a signal handler that tracks may interrupt.
-            self.deliveries.append(delivery)
             try:
+                # Before the start, which a signal handler that tracks may interrupt.
+                self.deliveries.add(delivery)
                 delivery.thread.start()
-            except RuntimeError:
-                self.deliveries.remove(delivery)
+            except BaseException:
+                # Threads cannot start, or a signal handler of the host's has raised.
+                if not delivery.thread.is_alive():
+                    self.deliveries.discard(delivery)
                 raise
 
     def encode(self, call: Call, fingerprint: str) -> bytes:
@@ -1006,13 +1060,8 @@ class Session:
         """Wait, half a second at most, until no delivery imports any more: an import that a fork
         or the end of the process cuts off leaves a lock for which others would wait for ever."""
         deadline = time.monotonic() + MAX_IMPORT_SECONDS
-        try:
-            for delivery in list(self.deliveries):
-                if delivery.thread.is_alive():
-                    delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
-        except (KeyboardInterrupt, SystemExit):
-            # A signal ends the wait. From a hook, Python would only print it.
-            pass
+        for delivery in list(self.deliveries):
+            delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
 
 
 # What a tool calls: the public functions, and the hooks of the process
@@ -1048,9 +1097,13 @@ def register_hooks() -> None:
 
 
 def wait_for_imports() -> None:
-    """Wait before a fork, and before the command line imports the same modules."""
-    if current_session is not None:
-        current_session.wait_for_imports()
+    """Wait before a fork, before the end, and before the command line imports the same modules."""
+    try:
+        if current_session is not None:
+            current_session.wait_for_imports()
+    except BaseException:
+        # What a signal handler raises ends the wait. From a hook, Python would only print it.
+        pass
 
 
 def forget_session() -> None:
@@ -1063,7 +1116,8 @@ def flush_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):
+        except Exception:
+            # It may be None, closed, or of a class of the host's own.
             pass
 
 
@@ -1074,13 +1128,29 @@ def close_session() -> None:
     try:
         flush_output()
         current_session.close()
-    except Exception:
-        # Python would print it as the host's own failure.
+    except BaseException:
+        # What a signal handler raises ends the wait. Python would print it, and any failure.
         pass
-    except (KeyboardInterrupt, SystemExit):
-        # A signal ends the wait.
-        pass
-    current_session.wait_for_imports()
+    wait_for_imports()
+    repeat_interrupt()
+
+
+def repeat_interrupt() -> None:
+    """Let a host that dies of a Ctrl-C die by SIGINT, as a shell expects.
+
+    Python notes how it ends, and forgets it where any thread runs code from a string, as some
+    imports of a delivery do.
+    """
+    traceback = getattr(sys, "last_traceback", None)
+    # What ended the main script has no caller; what a shell within the host has shown has one.
+    if traceback is None or traceback.tb_frame.f_back is not None or hasattr(sys, "ps1"):
+        return
+    if sys.last_type is KeyboardInterrupt:
+        try:
+            # Python notes it for code from a string, too.
+            exec("raise KeyboardInterrupt")  # noqa: S102
+        except KeyboardInterrupt:
+            pass
 
 
 def check_call(call: Call) -> None:
@@ -1103,6 +1173,7 @@ def start_delivery(call: Call) -> "threading.Thread":
     config_data = NEW_CONFIG if found is None else found
     check_text(settings, config_data)
     check_owner(storage.config_path)
+    check_ending()
     if found is None:
         check_first_run(settings, storage)
         client = configure_client(settings, TelemetryConfig({}))
@@ -1111,6 +1182,16 @@ def start_delivery(call: Call) -> "threading.Thread":
     delivery = Delivery(session, call, storage, config_data)
     session.start(delivery)
     return delivery.thread
+
+
+def check_ending() -> None:
+    """Raise NotSent in an exit hook: the process would end beside the new thread."""
+    threading = sys.modules.get("threading")
+    if threading is None:
+        return
+    main_thread = threading.main_thread()
+    if threading.current_thread() is main_thread and not main_thread.is_alive():
+        raise NotSent("the process is ending")
 
 
 def check_text(settings: Settings, config_data: bytes) -> None:
@@ -1176,12 +1257,13 @@ def find_fingerprint(settings: Settings) -> str:
 
 def explain_delivery(call: Call) -> str:
     """Return what would be sent, or why nothing would."""
+    tool = describe_tool(call.settings)
     try:
         client = plan_delivery(call)
         Storage(find_directory(call.settings)).check_backoff(client.url)
     except (NotSent, ImportError, OSError) as error:
-        return f"{call.settings.service_name}: telemetry is off: {describe_error(error)}"
-    return f"{call.settings.service_name}: telemetry would send\n{format_preview(call, client)}"
+        return f"{tool}: telemetry is off: {describe_error(error)}"
+    return f"{tool}: telemetry would send\n{format_preview(call, client)}"
 
 
 def track_command_execution(name: str) -> "threading.Thread | None":
@@ -1228,18 +1310,28 @@ def initialize_telemetry(
     settings.endpoint = endpoint
     settings.metric_name = f"{slug}_command_invocation" if metric_name is None else metric_name
     settings.environment = f"{slug.upper()}_TELEMETRY" if environment is None else environment
-    settings.prog = prog or ""
+    settings.prog = "" if prog is None else prog
     settings.commands = commands
     settings.headers = headers
-    settings.docs_url = docs_url or ""
+    settings.docs_url = "" if docs_url is None else docs_url
     settings.opt_in = opt_in
-    settings.directory = choose_directory(slug) if directory is None else str(directory)
+    settings.directory = choose_directory(slug) if directory is None else find_path(directory)
     current_settings = settings
 
 
 def make_slug(service_name: str) -> str:
     """Return ASCII letters and digits in lower case, all else as `_`."""
-    return "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in str(service_name))
+    if not isinstance(service_name, str):
+        return "_"
+    return "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in service_name)
+
+
+def find_path(directory: "Any") -> "Any":
+    """Return a path as text; what is none stays as it is, for check_settings to find."""
+    try:
+        return os.fspath(directory)
+    except TypeError:
+        return directory
 
 
 def choose_directory(slug: str) -> str:
@@ -1263,14 +1355,15 @@ def get_user_fingerprint() -> str:
 # The command line: from here on, nothing runs inside a host tool
 
 
-class CommandError(Exception):
-    """A command failed, and why."""
-
-
 def show(text: str) -> None:
-    """Print text; what the encoding of standard output lacks is escaped. Raise OSError."""
+    """Print text. Raise OSError."""
+    print(escape(text))
+
+
+def escape(text: str) -> str:
+    """Return text with what the encoding of standard output lacks as backslash escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def show_error(text: str) -> None:
@@ -1313,7 +1406,7 @@ def find_reason(settings: Settings) -> "tuple[str | None, bool]":
 def collect_facts(settings: Settings, reason: "str | None") -> "dict[str, Any]":
     """Return what `status` shows, None for what there is not."""
     facts: dict[str, Any] = {
-        "tool": make_printable(str(settings.service_name)),
+        "tool": describe_tool(settings),
         "enabled": reason is None,
         "reason": reason,
         "endpoint": None,
@@ -1321,10 +1414,11 @@ def collect_facts(settings: Settings, reason: "str | None") -> "dict[str, Any]":
         "fingerprint": None,
         "backoff": None,
         "config": None,
-        "docs_url": settings.docs_url or None,
+        "docs_url": None,
     }
     try:
         check_settings(settings)
+        facts["docs_url"] = settings.docs_url or None
         storage = Storage(find_directory(settings))
         facts["config"] = storage.config_path
         facts["fingerprint"] = storage.read_fingerprint() or None
@@ -1493,6 +1587,8 @@ def check_response(response: "HTTPResponse") -> str:
         raise CommandError(
             f"{words}, but the answer is a web page: is this the URL of a collector?"
         )
+    if len(body) == MAX_BODY_BYTES:
+        return add_message(words, "the answer is too long to be read to its end")
     rejected, text = parse_partial_success(body)
     if rejected > 0:
         words = f"{words}: {rejected} data point rejected"
@@ -1512,7 +1608,8 @@ def parse_partial_success(body: bytes) -> "tuple[int, str]":
 
     try:
         partial = json.loads(body)["partialSuccess"]
-        return int(partial.get("rejectedDataPoints", 0)), str(partial.get("errorMessage", ""))
+        rejected = partial.get("rejectedDataPoints") or 0
+        return int(rejected), str(partial.get("errorMessage") or "")
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         # No partial success: an empty body, as a collector may send, or anything else.
         return 0, ""
@@ -1537,22 +1634,29 @@ def send_and_wait(call: Call, client: OtlpClient, storage: Storage) -> str:
     session = get_session()
     body = session.encode(call, session.identify(storage))
     deadline = call.moment + client.timeout
+    is_prepared = threading.Event()
     answers = []
     failures = []
 
     def post() -> None:
         try:
-            with client.post(body, deadline) as response:
+            with client.post(body, deadline, is_prepared) as response:
                 storage.heed_status(client.url, response.status)
                 answers.append(check_response(response))
         except Exception as error:
             failures.append(describe_failure(error))
+        finally:
+            is_prepared.set()
 
     # In a thread, for the look-up of a host name heeds no deadline.
     thread = threading.Thread(target=post, daemon=True)
     thread.start()
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(WAIT_SECONDS)
+    try:
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(WAIT_SECONDS)
+    finally:
+        # A process that ends while OpenSSL reads a bundle of authorities can crash.
+        is_prepared.wait(MAX_IMPORT_SECONDS)
     elapsed = f"{(time.monotonic() - call.moment) * 1000:.0f} ms"
     if not answers:
         failure = failures[0] if failures else "timed out"
@@ -1611,11 +1715,18 @@ def start_collector(received: "list[tuple[str, bytes]]") -> "Any":
     return server
 
 
-def write_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
+def copy_module(directory: str) -> None:
+    """Copy this file, whatever it is called and wherever it is loaded from. Raise CommandError."""
+    loader: Any = globals().get("__loader__")
+    path = globals().get("__file__")
+    if path is None or not hasattr(loader, "get_data"):
+        raise CommandError("selftest starts Python with this file, and here is none to start")
+    ending = ".pyc" if path.endswith(".pyc") else ".py"
+    write_file(os.path.join(directory, f"telemetry_copy{ending}"), loader.get_data(path))
+
+
+def format_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
     """Return the source of a tool like this one that runs one command."""
-    # A module of a package is found as it was here, a single file in its own directory.
-    home = os.path.dirname(os.path.abspath(__file__))
-    paths = sys.path if globals().get("__package__") else [home, *sys.path]
     command = get_sample_command(settings)
     given = {name: getattr(settings, name) for name in vars(Settings) if not name.startswith("_")}
     given["directory"] = directory
@@ -1625,19 +1736,19 @@ def write_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
     given["headers"] = None
     given["opt_in"] = False
     return f"""
-import importlib
 import sys
 
-sys.path[:] = {paths!r}
-telemetry = importlib.import_module({MODULE!r})
-telemetry.initialize_telemetry(**{given!r})
-telemetry.track_command_execution({command!r})
+sys.path.insert(0, {directory!r})
+import telemetry_copy
+
+telemetry_copy.initialize_telemetry(**{given!r})
+telemetry_copy.track_command_execution({command!r})
 """
 
 
 def clean_environment(settings: Settings) -> "dict[str, str]":
     """Return the environment without what speaks for or against telemetry, and without a proxy."""
-    names = ("CI", "DO_NOT_TRACK", "PYTHON", settings.environment)
+    names = ("CI", "DO_NOT_TRACK", settings.environment)
     env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     env["no_proxy"] = "127.0.0.1"
     return env
@@ -1661,7 +1772,7 @@ def try_sample_tool(
         (f"{variable}=0 turns it off", {variable: "0"}, 2),
     ):
         done = subprocess.run(
-            [sys.executable, "-B", "-"],
+            [sys.executable, "-I", "-B", "-"],
             env=env | variables,
             input=source.encode(),
             capture_output=True,
@@ -1681,12 +1792,13 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> int:
     import json
     import tempfile
 
-    if getattr(sys, "frozen", False) or not sys.executable or "__file__" not in globals():
-        raise CommandError("selftest starts Python with this file, and here is none to start")
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise CommandError("selftest starts Python, and here is none to start")
     received: list[tuple[str, bytes]] = []
     with start_collector(received) as server, tempfile.TemporaryDirectory() as directory:
         check_owner(directory)
-        source = write_sample_tool(settings, directory, f"http://127.0.0.1:{server.server_port}")
+        copy_module(directory)
+        source = format_sample_tool(settings, directory, f"http://127.0.0.1:{server.server_port}")
         notice, outcomes = try_sample_tool(settings, source, received)
         server.shutdown()
     show(f"What the first run says:\n\n{notice}\n")
@@ -1705,8 +1817,10 @@ def run_selftest(settings: Settings, options: "argparse.Namespace") -> int:
 def build_parser(settings: Settings) -> "argparse.ArgumentParser":
     import argparse
 
-    text = f"Show or change the usage telemetry of {settings.service_name}."
-    parser = argparse.ArgumentParser(settings.prog or settings.service_name, description=text)
+    tool = escape(describe_tool(settings))
+    has_prog = isinstance(settings.prog, str) and settings.prog != ""
+    text = f"Show or change the usage telemetry of {tool}."
+    parser = argparse.ArgumentParser(escape(settings.prog) if has_prog else tool, description=text)
     parser.add_argument("--version", action="version", version=f"telemetry {__version__}")
     parser.set_defaults(run=run_status, json=False)
     commands = parser.add_subparsers(metavar="COMMAND", help="status if none is given")
@@ -1779,20 +1893,12 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
         return run_command(settings, argv)
     except KeyboardInterrupt:
         return 130
-    except (
-        CommandError,
-        NotSent,
-        ImportError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:
+        # Whatever it is, a person reads one line, and no traceback.
         leave_stdout()
         # A reader that is gone is no error to report; Windows calls it EINVAL.
         if getattr(error, "errno", None) not in (errno.EPIPE, errno.EINVAL):
-            text = f"{settings.service_name}: error: {describe_error(error)}"
-            show_error(make_printable(text))
+            show_error(f"{describe_tool(settings)}: error: {describe_error(error)}")
         return 1
 
 
