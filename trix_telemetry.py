@@ -9,20 +9,22 @@ command, the name and version of the tool, two timestamps and a random fingerpri
 Never sent: arguments, paths, file contents, environment variables, user or host names.
 
 Turn it off: DO_NOT_TRACK=1, TRIX_TELEMETRY=0, or `python -m trix_telemetry disable`.
-Vendor it: copy this file under any name. Then call initialize_telemetry(), or edit the values of
-`Settings`, and nothing else.
+Look at it: TRIX_TELEMETRY_DEBUG=1 shows what a command would send, and sends nothing.
+Vendor it: copy this file under any name, for Python 3.11 or newer. Then call
+initialize_telemetry(), or edit the values of `Settings`. Nothing else needs editing.
 
-The way of a data point:
+The path of a data point:
 
     track_command_execution()   the call, in a thread of the host
-      start_delivery()          check settings, opt-out and config.toml; the first run creates it
+      start_delivery()          check settings, opt-out and config.toml, which the first run creates
     Delivery.run()              a daemon thread
       prepare()                 import, parse the config, choose the endpoint, encode
       send()                    one POST
     close_session()             at exit: wait for what is under way, not past its deadline
 
-Each section uses those above it, so the call itself stands near the end; the command line is last.
-Modules are imported where they are used: a tool whose telemetry is off imports nothing.
+Each section uses those above it; a delivery and its session also use each other. So the call stands
+near the end, and the command line is last. Modules are imported where they are used: a tool whose
+telemetry is off imports no more than the four below.
 """
 
 import os
@@ -30,6 +32,7 @@ import stat
 import sys
 import time
 
+# As typing has it, which takes 7 ms to import. Names from below stand in quotes.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -102,7 +105,8 @@ MAX_TIMEOUT_MS = 60_000
 # A host that calls in a loop does not pile up threads.
 MAX_DELIVERIES = 4
 BACKOFF_SECONDS = 600
-# OTLP metrics data model, "Resets and Gaps"; stores that keep milliseconds need a whole one.
+# OTLP metrics data model, "Resets and Gaps": at least one whole millisecond, for stores that keep
+# milliseconds.
 MIN_INTERVAL_NS = 1_000_000
 # An import that takes longer is stuck: neither a fork nor the end of the process waits for it.
 MAX_IMPORT_SECONDS = 0.5
@@ -112,13 +116,14 @@ MAX_CONFIG_BYTES = 1 << 20
 # At most this much of a response is read. An unread one would reset the collector's connection.
 MAX_BODY_BYTES = 4096
 
+# A variable that is empty says nothing, so both hold "".
 FALSE_WORDS = ("", "0", "false", "no", "off")
 TRUE_WORDS = ("", "1", "true", "yes", "on")
 HEX_DIGITS = "0123456789abcdefABCDEF"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # RFC 3986: what a URL is written with, without the "?" and "#" that begin a query and a fragment.
-URL = r"[A-Za-z0-9._~!$&'()*+,;=:@%/\[\]-]+"
+URL_CHARACTERS = r"[A-Za-z0-9._~!$&'()*+,;=:@%/\[\]-]+"
 # A host name or an IPv6 address, and a port; no user info.
 AUTHORITY = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
 # RFC 9110, section 5: the name and the value of a header.
@@ -165,7 +170,7 @@ def describe_error(error: Exception) -> str:
 
 
 def make_printable(text: str) -> str:
-    """Return foreign text as one line without control characters."""
+    """Return foreign text as one line of at most 1000 characters, none a control character."""
     return "".join(c if c.isprintable() else "?" for c in text.strip()[:1000])
 
 
@@ -206,6 +211,7 @@ def check_command(name: "Any", commands: "Collection[str] | None") -> None:
 
 
 def is_command_name(name: "Any") -> bool:
+    # By hand, for the host may not have imported re.
     if not isinstance(name, str) or not name.isascii() or len(name) > 64:
         return False
     letters = name.replace("-", "").replace("_", "")
@@ -219,7 +225,7 @@ def parse_endpoint(base: "Any", source: str) -> str:
 
     allowed = "an http or https base URL with a host, without user info, query or fragment"
     error = InvalidSetting(f"{source} must be {allowed}")
-    if not isinstance(base, str) or not re.fullmatch(URL, base):
+    if not isinstance(base, str) or not re.fullmatch(URL_CHARACTERS, base):
         raise error
     try:
         parts = urlsplit(base)
@@ -244,7 +250,10 @@ def check_headers(headers: "Any", source: str) -> None:
 
 
 def select_headers(headers: "dict[str, str]") -> "dict[str, str]":
-    """Return the headers that HTTP can carry and that replace none which the request needs."""
+    """Return the headers that HTTP can carry and that replace none which the request needs.
+
+    A mistyped header is no reason to be off.
+    """
     import re
 
     selected = {}
@@ -253,6 +262,9 @@ def select_headers(headers: "dict[str, str]") -> "dict[str, str]":
         if is_valid and name.lower() not in RESERVED_HEADERS:
             selected[name] = value
     return selected
+
+
+# The config: what config.toml says
 
 
 def check_table(table: "Any") -> None:
@@ -264,8 +276,11 @@ def check_table(table: "Any") -> None:
 
 
 class TelemetryConfig:
-    """The `[telemetry]` table of config.toml, checked: `timeout_ms` in milliseconds, 1 to 60000,
-    `enabled` and `otlp_endpoint` None where they are missing. Raises InvalidSetting."""
+    """The `[telemetry]` table of config.toml, checked; raises InvalidSetting.
+
+    `timeout_ms` is in milliseconds, 1 to 60000. `enabled` and `otlp_endpoint` are None where they
+    are missing.
+    """
 
     def __init__(self, table: "Any") -> None:
         check_table(table)
@@ -282,19 +297,6 @@ class TelemetryConfig:
         check_headers(self.otlp_headers, "telemetry.otlp_headers")
 
 
-def parse_config(data: bytes) -> TelemetryConfig:
-    """Return the `[telemetry]` table of config.toml. Raise InvalidSetting, ImportError."""
-    return TelemetryConfig(parse_toml(data).get("telemetry", {}))
-
-
-def check_enabled(config: TelemetryConfig) -> None:
-    """Raise NotSent unless config.toml says `enabled = true`."""
-    if config.enabled is None:
-        raise NotSent("config.toml has no telemetry.enabled")
-    if not config.enabled:
-        raise NotSent("config.toml says enabled = false")
-
-
 def parse_toml(data: bytes, parse_float: "Callable[[str], Any]" = float) -> "dict[str, Any]":
     """Return the document in config.toml. Raise InvalidSetting, ImportError."""
     if data == NEW_CONFIG:
@@ -309,6 +311,19 @@ def parse_toml(data: bytes, parse_float: "Callable[[str], Any]" = float) -> "dic
         return tomllib.loads(text, parse_float=parse_float)
     except (ValueError, RecursionError) as error:
         raise InvalidSetting(f"config.toml must be TOML in UTF-8: {error}") from None
+
+
+def parse_config(data: bytes) -> TelemetryConfig:
+    """Return the `[telemetry]` table of config.toml. Raise InvalidSetting, ImportError."""
+    return TelemetryConfig(parse_toml(data).get("telemetry", {}))
+
+
+def check_enabled(config: TelemetryConfig) -> None:
+    """Raise NotSent unless config.toml says `enabled = true`."""
+    if config.enabled is None:
+        raise NotSent("config.toml has no telemetry.enabled")
+    if not config.enabled:
+        raise NotSent("config.toml says enabled = false")
 
 
 # Opt-out: the environment and the standard streams
@@ -332,12 +347,11 @@ def check_streams() -> None:
             raise NotSent(f"standard {name} is closed") from None
 
 
-def is_debugging(settings: Settings) -> bool:
-    return os.environ.get(f"{settings.environment}_DEBUG", "").lower() not in FALSE_WORDS
+# Standard error: where the notice is written, and what the debug variable asks for
 
 
 def write_stderr(text: str) -> None:
-    """Write past the buffer, so that a failure is known at once. Raise OSError."""
+    """Write a line past the buffer, so that a failure is known at once. Raise OSError."""
     if sys.stderr is None:
         raise OSError("there is no standard error")
     try:
@@ -368,7 +382,7 @@ def check_reader(descriptor: int) -> None:
         raise OSError("standard error takes no text")
 
 
-# The data point: what is sent; clock and fingerprint come in as arguments
+# The data point: all that is sent
 
 
 class CommandMetric:
@@ -419,7 +433,23 @@ def describe_resource(settings: Settings, fingerprint: str) -> "dict[str, str]":
     }
 
 
-# Files: the tool's directory, and nothing outside it
+def make_fingerprint() -> str:
+    """Return SHA-256 over host, system and randomness that is not kept, as 64 hex digits."""
+    import hashlib
+    import socket
+
+    # Not the module platform: on Windows it takes seconds, and in threads it can hang.
+    if hasattr(os, "uname"):
+        system = os.uname().sysname
+        machine = os.uname().machine
+    else:
+        system = sys.platform
+        machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
+    text = "\0".join([socket.gethostname(), system, machine])
+    return hashlib.sha256(text.encode(errors="replace") + os.urandom(32)).hexdigest()
+
+
+# Files: the tool's directory
 
 
 def find_directory(settings: Settings) -> str:
@@ -438,18 +468,16 @@ def find_directory(settings: Settings) -> str:
 
 def read_file(path: str, limit: int) -> bytes:
     """Return up to limit bytes of a regular file. Raise OSError."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError("it is not a regular file")
-    # Python makes a buffer of this size first.
-    size = min(limit, found.st_size)
     with open(path, "rb", opener=open_at_once) as file:
-        # A named pipe without data reads as None.
-        return file.read(size) or b""
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is not a regular file")
+        # Python first makes a buffer of the size that is asked for.
+        return file.read(min(limit, found.st_size))
 
 
 def open_at_once(path: str, flags: int) -> int:
-    """Open a file; a named pipe that has just taken its place does not hold the host up."""
+    """Open a file; a named pipe in its place does not hold the host up."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -463,7 +491,7 @@ def write_file(
     temporary = f"{path}.{os.urandom(6).hex()}.tmp"
     try:
         with open(temporary, "xb", opener=open_private) as file:
-            # On the open file: a path could have become a link to a file of somebody else.
+            # Of the open file: its path could have become a link to a file of somebody else.
             if sys.platform != "win32":
                 os.fchmod(file.fileno(), mode)
             file.write(data)
@@ -477,8 +505,10 @@ def open_private(path: str, flags: int) -> int:
 
 
 def link_file(temporary: str, path: str) -> None:
-    """Place a new file. Raise FileExistsError where there is one; without hard links, of many that
-    are placed at the same moment the last one stays."""
+    """Place a new file. Raise FileExistsError where there is one.
+
+    Without hard links, of several that are placed at the same moment the last one stays.
+    """
     try:
         os.link(temporary, path)
     except (OSError, AttributeError):
@@ -501,7 +531,7 @@ def replace_file(temporary: str, path: str) -> None:
 
 
 def delete_file(path: str) -> None:
-    """Delete a file that may be missing, or that on Windows a virus scanner holds open."""
+    """Delete a file if that is possible: it may be missing, or a virus scanner may hold it open."""
     try:
         os.unlink(path)
     except OSError:
@@ -516,11 +546,11 @@ def make_directory(path: str) -> None:
     os.makedirs(path, 0o700, exist_ok=True)
     if sys.platform == "win32":
         return
-    # A umask may have taken bits away.
+    # A umask may have taken rights away.
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        # The right to read, too, which root always has. For another user a path is safe.
+        # Even the right to read. So this is not root, for whom a path would not be safe.
         os.chmod(path, 0o700)
         return
     try:
@@ -529,20 +559,38 @@ def make_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def make_fingerprint() -> str:
-    """Return SHA-256 over host, system and randomness that is not kept, as 64 hex digits."""
-    import hashlib
-    import socket
+def check_owner(path: str) -> None:
+    """Raise NotSent where this is root, and a directory or link on the way to path is not root's.
 
-    # Not the module platform: on Windows it takes seconds, and in threads it can hang.
-    if hasattr(os, "uname"):
-        system = os.uname().sysname
-        machine = os.uname().machine
-    else:
-        system = sys.platform
-        machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
-    text = "\0".join([socket.gethostname(), system, machine])
-    return hashlib.sha256(text.encode(errors="replace") + os.urandom(32)).hexdigest()
+    Whoever owns a directory can turn each path in it into a link to a file of root's.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return
+    parent = os.path.dirname(path)
+    if parent != path:
+        check_owner(parent)
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if found.st_uid != 0 and not stat.S_ISREG(found.st_mode):
+        raise NotSent(f"{path} belongs to user {found.st_uid}, and this is root")
+    if stat.S_ISLNK(found.st_mode):
+        # One that leads to itself would be followed for ever.
+        if not os.path.exists(path):
+            raise NotSent(f"{path} is a link that leads nowhere")
+        check_owner(os.path.join(parent, os.readlink(path)))
+
+
+def check_creatable(path: str) -> None:
+    """Raise NotSent where a missing file cannot be created."""
+    nearest = path
+    while not os.path.lexists(nearest) and nearest != os.path.dirname(nearest):
+        nearest = os.path.dirname(nearest)
+    if os.path.islink(nearest) and not os.path.exists(nearest):
+        raise NotSent(f"{nearest} is a link that leads nowhere")
+    if not os.access(nearest, os.W_OK):
+        raise NotSent(f"{path} cannot be created: {nearest} is not writable")
 
 
 class Storage:
@@ -579,7 +627,7 @@ class Storage:
         place = os.replace if is_damaged else link_file
         write_file(self.fingerprint_path, fingerprint.encode(), place)
 
-    def read_backoff(self, url: str) -> str:
+    def describe_backoff(self, url: str) -> str:
         """Return how long a back-off for url still takes, and why; "" where there is none."""
         try:
             modified = os.stat(self.backoff_path).st_mtime
@@ -594,29 +642,29 @@ class Storage:
 
     def check_backoff(self, url: str) -> None:
         """Raise NotSent while a back-off for url runs."""
-        backoff = self.read_backoff(url)
+        backoff = self.describe_backoff(url)
         if backoff:
             raise NotSent(f"back-off for {backoff}")
 
-    def write_backoff(self, url: str, reason: str) -> None:
-        """Begin ten minutes in which nothing is sent to url. Raise OSError."""
-        write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
-
-    def heed_status(self, url: str, status: int) -> None:
-        """Begin a back-off where the collector asks for one and the disk can be written."""
-        if status not in (429, 503):
-            return
+    def begin_backoff(self, url: str, reason: str) -> None:
+        """Begin ten minutes in which nothing is sent to url, if the disk can be written."""
         try:
-            self.write_backoff(url, f"the collector answered HTTP {status}")
+            write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
         except OSError:
             pass
+
+    def heed_status(self, url: str, status: int) -> None:
+        """Begin a back-off where the collector asks for one."""
+        if status in (429, 503):
+            self.begin_backoff(url, f"the collector answered HTTP {status}")
 
 
 # The client: one collector
 
 
 class OtlpClient:
-    """One collector: the URL for metrics, the headers that are added, the timeout in seconds."""
+    """One collector: the URL for metrics, the headers that are added, and the timeout in seconds
+    that a data point has from the call to the response."""
 
     def __init__(self, url: str, headers: "dict[str, str]", timeout: float) -> None:
         self.url = url
@@ -681,7 +729,7 @@ def find_hashed_directory() -> "str | None":
     import ssl
 
     paths = ssl.get_default_verify_paths()
-    # A bundle that SSL_CERT_FILE names goes first.
+    # A bundle that the variable SSL_CERT_FILE names goes first.
     if not paths.capath or os.environ.get(paths.openssl_cafile_env):
         return None
     names = os.listdir(paths.capath)
@@ -693,7 +741,7 @@ def open_request(
 ) -> "HTTPResponse":
     import urllib.request
 
-    # The default opener follows redirects and opens files; this one does neither.
+    # The default opener follows redirects, opens files, and raises for a status of 400 and more.
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(find_proxies()))
     opener.add_handler(urllib.request.UnknownHandler())
@@ -720,7 +768,7 @@ def make_handlers(context: "ssl.SSLContext | None") -> "list[urllib.request.Base
         def http_open(self, req: urllib.request.Request) -> "HTTPResponse":
             return self.do_open(Connection, req)
 
-    # A debug level that the host has set would print the request.
+    # 0, for a debug level that the host has set would print the request.
     handlers: list[urllib.request.BaseHandler] = [Handler(debuglevel=0)]
     if context is None:
         return handlers
@@ -770,29 +818,6 @@ def configure_client(
 # The first run: whether there may be one, and what a person is told
 
 
-def check_owner(path: str) -> None:
-    """Raise NotSent where this is root, and a directory or link on the way to path is not root's.
-
-    Whoever owns a directory can turn each path in it into a link to a file of root's.
-    """
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        return
-    parent = os.path.dirname(path)
-    if parent != path:
-        check_owner(parent)
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if found.st_uid != 0 and not stat.S_ISREG(found.st_mode):
-        raise NotSent(f"{path} belongs to user {found.st_uid}, and this is root")
-    if stat.S_ISLNK(found.st_mode):
-        # One that leads to itself would be followed for ever.
-        if not os.path.exists(path):
-            raise NotSent(f"{path} is a link that leads nowhere")
-        check_owner(os.path.join(parent, os.readlink(path)))
-
-
 def check_first_run(settings: Settings, storage: Storage) -> None:
     """Raise NotSent where config.toml, which is missing, may not or cannot be created."""
     if settings.opt_in:
@@ -800,17 +825,6 @@ def check_first_run(settings: Settings, storage: Storage) -> None:
     if os.environ.get("CI", "").lower() not in FALSE_WORDS:
         raise NotSent(f"CI is set, and {storage.config_path} does not exist")
     check_creatable(storage.config_path)
-
-
-def check_creatable(path: str) -> None:
-    """Raise NotSent where a missing file cannot be created."""
-    nearest = path
-    while not os.path.lexists(nearest) and nearest != os.path.dirname(nearest):
-        nearest = os.path.dirname(nearest)
-    if os.path.islink(nearest) and not os.path.exists(nearest):
-        raise NotSent(f"{nearest} is a link that leads nowhere")
-    if not os.access(nearest, os.W_OK):
-        raise NotSent(f"{path} cannot be created: {nearest} is not writable")
 
 
 def format_notice(settings: Settings, storage: Storage, url: str) -> str:
@@ -877,7 +891,9 @@ class Delivery:
         self.call = call
         self.storage = storage
         self.config_data = config_data
+        # Set where the network begins.
         self.client: OtlpClient | None = None
+        # Until the config is parsed.
         self.deadline = call.moment + DEFAULT_TIMEOUT_MS / 1000
         # Set when all is imported and prepared: from here on, there is only the network.
         self.is_prepared = threading.Event()
@@ -885,9 +901,10 @@ class Delivery:
         self.thread = threading.Thread(target=self.run, name="telemetry", daemon=True)
 
     def run(self) -> None:
-        # The caller goes on at once; else it waits for the interpreter's switch interval of 5 ms.
+        # So the caller goes on at once, and not after the interpreter's switch interval of 5 ms.
         time.sleep(0.001)
         try:
+            block_signals(self.caller_id)
             client, body = self.prepare()
             self.send(client, body)
         except Exception:
@@ -899,7 +916,6 @@ class Delivery:
 
     def prepare(self) -> "tuple[OtlpClient, bytes]":
         """Do all but the network. Raise NotSent, ImportError."""
-        block_signals(self.caller_id)
         import_modules("re", "urllib.parse")
         if self.config_data != NEW_CONFIG:
             import_modules("tomllib")
@@ -952,7 +968,7 @@ def block_signals(caller_id: int) -> None:
 
 
 def import_modules(*names: str) -> None:
-    """Import what is used later, so that nothing is left to import. Raise ImportError."""
+    """Import what is used later; from then on an `import` only looks it up. Raise ImportError."""
     from importlib import import_module
 
     for name in names:
@@ -965,23 +981,25 @@ def import_modules(*names: str) -> None:
 
 def import_network(url: str) -> None:
     """Import what encoding and sending use, which takes 30 ms. Raise ImportError."""
+    # A look-up encodes the name of the host.
     import_modules("json", "hashlib", "socket", "encodings.idna", "urllib.request")
     if needs_tls(url):
         import_modules("ssl")
+    # The proxies of the system.
     if sys.platform == "win32":
         import_modules("winreg")
 
 
-# The session: the one handle of a process
+# The session: what the deliveries of a process share
 
 
 class Session:
-    """What the deliveries of one process share. There is no queue."""
+    """The deliveries of one process that are under way, and what they share."""
 
     def __init__(self) -> None:
         import threading
 
-        # Reentrant: a signal handler may track while the thread that it interrupts does.
+        # Reentrant: a signal handler may track in the middle of a track.
         self.lock = threading.RLock()
         self.deliveries: set[Delivery] = set()
         self.interval_end = 0
@@ -1025,7 +1043,7 @@ class Session:
             pass
         stored = storage.read_fingerprint()
         if stored:
-            # After a `reset` the next one is a new one.
+            # Forget it: after a `reset`, this process proposes a new one.
             self.fingerprint = ""
         return stored or proposed
 
@@ -1036,7 +1054,7 @@ class Session:
             return self.fingerprint
 
     def warn(self, error: InvalidSetting) -> None:
-        """Log an invalid setting, once, where the host has imported logging."""
+        """Log, once, an invalid setting that a delivery has found, if the host uses logging."""
         logging = sys.modules.get("logging")
         if logging is None or self.has_warned:
             return
@@ -1047,14 +1065,14 @@ class Session:
         logger.warning("telemetry is off: %s", error)
 
     def close(self) -> None:
-        """Wait for each delivery; write a back-off where the network took long. Raise OSError."""
+        """Wait for each delivery; begin a back-off where the process waits long in all."""
         waited = 0.0
         for delivery in list(self.deliveries):
             waited += delivery.wait()
             client = delivery.client
             if client is not None and waited > client.timeout / 2:
                 reason = f"a command waited {waited:.1f} s for the network"
-                delivery.storage.write_backoff(client.url, reason)
+                delivery.storage.begin_backoff(client.url, reason)
 
     def wait_for_imports(self) -> None:
         """Wait, half a second at most, until no delivery imports any more: an import that a fork
@@ -1064,16 +1082,15 @@ class Session:
             delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
 
 
-# What a tool calls: the public functions, and the hooks of the process
+# The process: its session and its hooks
 
 
-current_settings = Settings()
 current_session: "Session | None" = None
 has_hooks = False
 
 
 def get_session() -> Session:
-    """Return the one handle of this process; a forked child makes its own."""
+    """Return the session of this process; a forked child makes its own."""
     global current_session
     if current_session is None:
         session = Session()
@@ -1112,7 +1129,7 @@ def forget_session() -> None:
 
 
 def flush_output() -> None:
-    """Give who reads the host's pipes all of the output before the wait."""
+    """Flush, so that who reads the host's pipes has all of the output before the wait."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -1153,6 +1170,9 @@ def repeat_interrupt() -> None:
             pass
 
 
+# The start: a call becomes a delivery, or the reason why not
+
+
 def check_call(call: Call) -> None:
     """Raise NotSent where nothing is sent, whatever config.toml says."""
     check_settings(call.settings)
@@ -1171,7 +1191,7 @@ def start_delivery(call: Call) -> "threading.Thread":
     storage = Storage(find_directory(settings))
     found = storage.read_config()
     config_data = NEW_CONFIG if found is None else found
-    check_text(settings, config_data)
+    check_unparsed(settings, config_data)
     check_owner(storage.config_path)
     check_ending()
     if found is None:
@@ -1184,17 +1204,7 @@ def start_delivery(call: Call) -> "threading.Thread":
     return delivery.thread
 
 
-def check_ending() -> None:
-    """Raise NotSent in an exit hook: the process would end beside the new thread."""
-    threading = sys.modules.get("threading")
-    if threading is None:
-        return
-    main_thread = threading.main_thread()
-    if threading.current_thread() is main_thread and not main_thread.is_alive():
-        raise NotSent("the process is ending")
-
-
-def check_text(settings: Settings, config_data: bytes) -> None:
+def check_unparsed(settings: Settings, config_data: bytes) -> None:
     """Raise NotSent where no parser is needed to know that nothing is sent."""
     if b"true" not in config_data:
         raise NotSent("config.toml does not say enabled = true")
@@ -1208,13 +1218,23 @@ def may_have_endpoint(settings: Settings, config_data: bytes) -> bool:
         return os.environ[variable] != ""
     if settings.endpoint != "":
         return True
-    # The comment of NEW_CONFIG sets no endpoint. A backslash may spell any key.
+    # The comment in NEW_CONFIG sets no endpoint. A quoted key may be spelled with backslashes.
     text = config_data.replace(b"# otlp_endpoint", b"")
     return b"endpoint" in text or b"\\" in text
 
 
+def check_ending() -> None:
+    """Raise NotSent in an exit hook: the process would end beside the new thread."""
+    threading = sys.modules.get("threading")
+    if threading is None:
+        return
+    main_thread = threading.main_thread()
+    if threading.current_thread() is main_thread and not main_thread.is_alive():
+        raise NotSent("the process is ending")
+
+
 def plan_delivery(call: Call, requested: "str | None" = None) -> OtlpClient:
-    """Return the client that start_delivery would send with, and make nothing.
+    """Return the client that start_delivery would send with, without making anything.
 
     `requested` is an endpoint in place of the configured one. Raise NotSent, ImportError.
     """
@@ -1233,6 +1253,16 @@ def plan_delivery(call: Call, requested: "str | None" = None) -> OtlpClient:
     return client
 
 
+def find_fingerprint(settings: Settings) -> str:
+    """Return the stored fingerprint, else the one that the next send of this process stores."""
+    try:
+        check_settings(settings)
+        stored = Storage(find_directory(settings)).read_fingerprint()
+    except NotSent:
+        stored = ""
+    return stored or get_session().propose_fingerprint()
+
+
 def format_preview(call: Call, client: OtlpClient) -> str:
     """Return the request as on the wire, the values of the added headers hidden."""
     body = get_session().encode(call, find_fingerprint(call.settings))
@@ -1245,16 +1275,6 @@ def format_preview(call: Call, client: OtlpClient) -> str:
     return "\n".join([*lines, "", body.decode()])
 
 
-def find_fingerprint(settings: Settings) -> str:
-    """Return the stored fingerprint, else the one that the next send of this process stores."""
-    try:
-        check_settings(settings)
-        stored = Storage(find_directory(settings)).read_fingerprint()
-    except NotSent:
-        stored = ""
-    return stored or get_session().propose_fingerprint()
-
-
 def explain_delivery(call: Call) -> str:
     """Return what would be sent, or why nothing would."""
     tool = describe_tool(call.settings)
@@ -1264,6 +1284,16 @@ def explain_delivery(call: Call) -> str:
     except (NotSent, ImportError, OSError) as error:
         return f"{tool}: telemetry is off: {describe_error(error)}"
     return f"{tool}: telemetry would send\n{format_preview(call, client)}"
+
+
+# What a tool calls
+
+
+current_settings = Settings()
+
+
+def is_debugging(settings: Settings) -> bool:
+    return os.environ.get(f"{settings.environment}_DEBUG", "").lower() not in FALSE_WORDS
 
 
 def track_command_execution(name: str) -> "threading.Thread | None":
@@ -1279,7 +1309,7 @@ def track_command_execution(name: str) -> "threading.Thread | None":
             return None
         return start_delivery(call)
     except Exception:
-        # No failure reaches the host; also when the interpreter has cleared this module at its end.
+        # No failure reaches the host. At its end the interpreter may have cleared this module.
         return None
 
 
@@ -1299,7 +1329,8 @@ def initialize_telemetry(
 ) -> None:
     """Say which tool this is, in place of the values of `Settings`, which explain each argument.
 
-    The last call before a track decides. A value that cannot be used raises nothing: telemetry is
+    `metric_name`, `directory` and `environment` follow from `service_name` where they are None.
+    The last call before a track counts. A value that cannot be used raises nothing: telemetry is
     off, and `status` names it.
     """
     global current_settings
@@ -1340,7 +1371,7 @@ def choose_directory(slug: str) -> str:
     if os.path.isabs(base):
         return f"{base}/{slug}/telemetry"
     path = f"~/.config/{slug}/telemetry"
-    # Version 2 kept it there on Windows, too: who turned it off stays off.
+    # Version 2 kept it there on Windows, too. Use it on, so that who turned it off stays off.
     if os.name == "nt" and not os.path.isdir(os.path.expanduser(path)):
         base = os.environ.get("APPDATA") or "~/AppData/Roaming"
         path = f"{base}/{slug}/telemetry"
@@ -1425,7 +1456,7 @@ def collect_facts(settings: Settings, reason: "str | None") -> "dict[str, Any]":
         url = guess_client(settings).url
         facts["endpoint"] = url
         facts["encrypted"] = url.startswith("https:")
-        facts["backoff"] = storage.read_backoff(url) or None
+        facts["backoff"] = storage.describe_backoff(url) or None
     except NotSent:
         # What is known so far is shown, and the reason.
         pass
@@ -1666,6 +1697,7 @@ def send_and_wait(call: Call, client: OtlpClient, storage: Storage) -> str:
 
 def run_track(settings: Settings, options: "argparse.Namespace") -> int:
     check_command(options.command, settings.commands)
+    # A wrong one is an error, not a reason to be off.
     if options.endpoint is not None:
         parse_endpoint(options.endpoint, "--endpoint")
     call = Call(settings, options.command)
@@ -1747,7 +1779,7 @@ telemetry_copy.track_command_execution({command!r})
 
 
 def clean_environment(settings: Settings) -> "dict[str, str]":
-    """Return the environment without what speaks for or against telemetry, and without a proxy."""
+    """Return the environment without what turns telemetry off or on, and without a proxy."""
     names = ("CI", "DO_NOT_TRACK", settings.environment)
     env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     env["no_proxy"] = "127.0.0.1"
@@ -1764,7 +1796,7 @@ def try_sample_tool(
     env = clean_environment(settings)
     notices = []
     outcomes = []
-    # What is tried, with which variables, and how many requests have then come in all.
+    # What is tried, with which variables, and the number of requests so far.
     for text, variables, count in (
         ("the first run shows the notice and sends", {}, 1),
         ("the second run sends", {}, 2),
@@ -1846,7 +1878,7 @@ def build_parser(settings: Settings) -> "argparse.ArgumentParser":
 
 
 def run_command(settings: Settings, argv: "list[str] | None") -> int:
-    """Run one command and return its exit code. Raise what says why it failed."""
+    """Run one command and return its exit code. Raise whatever says why it failed."""
     try:
         options = build_parser(settings).parse_args(argv)
     except SystemExit as stop:
@@ -1862,7 +1894,8 @@ def run_command(settings: Settings, argv: "list[str] | None") -> int:
 
 
 def leave_stdout() -> None:
-    """Let Python write nothing again at exit: signal documentation, "Note on SIGPIPE"."""
+    """Keep Python from failing again when it flushes standard output at its end: documentation of
+    signal, "Note on SIGPIPE"."""
     stdout = sys.__stdout__
     if stdout is None or stdout is not sys.stdout:
         return
@@ -1876,15 +1909,22 @@ def leave_stdout() -> None:
         pass
 
 
+def is_reader_gone(error: Exception) -> bool:
+    import errno
+
+    # Windows has another error for it.
+    is_invalid = isinstance(error, OSError) and error.errno == errno.EINVAL
+    return isinstance(error, BrokenPipeError) or (os.name == "nt" and is_invalid)
+
+
 def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     """Run the command line, also under a tool's own command: `main(args, prog="acme telemetry")`.
 
-    Returns the exit code: 0, 1 for an error or an invalid setting, 2 for a wrong usage.
+    Returns the exit code: 0, 1 for an error or an invalid setting, 2 for a wrong usage, 130 after
+    a Ctrl-C.
     """
     # On Python 3.13 an import beside that of a delivery can meet a half-made module.
     wait_for_imports()
-    import errno
-
     settings = Settings()
     vars(settings).update(vars(current_settings))
     if prog:
@@ -1896,8 +1936,7 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     except Exception as error:
         # Whatever it is, a person reads one line, and no traceback.
         leave_stdout()
-        # A reader that is gone is no error to report; Windows calls it EINVAL.
-        if getattr(error, "errno", None) not in (errno.EPIPE, errno.EINVAL):
+        if not is_reader_gone(error):
             show_error(f"{describe_tool(settings)}: error: {describe_error(error)}")
         return 1
 
