@@ -2322,6 +2322,7 @@ def make_late(**options):
 
 
 ssl.create_default_context = make_late
+trix_telemetry.MAX_IMPORT_SECONDS = 60
 trix_telemetry.track_command_execution("build")
 """
 
@@ -2357,6 +2358,7 @@ os._exit(0)
 """
 
 
+@posix
 def test_no_connection_takes_the_place_of_a_standard_stream(collector, config):
     config()
 
@@ -2365,6 +2367,7 @@ def test_no_connection_takes_the_place_of_a_standard_stream(collector, config):
     assert collector.requests == []
 
 
+@posix
 def test_no_connection_of_tls_takes_the_place_of_a_standard_stream(secure, home, config):
     config()
 
@@ -3575,6 +3578,7 @@ def test_a_fork_waits_until_nothing_is_imported_any_more(hostile, config):
     code = """
         import os
 
+        trix_telemetry.MAX_IMPORT_SECONDS = 60
         trix_telemetry.track_command_execution("build")
         (delivery,) = trix_telemetry.get_session().deliveries
         if os.fork() == 0:
@@ -3891,6 +3895,7 @@ def test_a_command_waits_for_the_imports_of_a_delivery(collector, config):
 
 
         sys.meta_path.insert(0, Watch)
+        trix_telemetry.MAX_IMPORT_SECONDS = 60
         trix_telemetry.track_command_execution("build")
         deliveries = list(trix_telemetry.get_session().deliveries)
         trix_telemetry.main(["status"])

@@ -1228,6 +1228,7 @@ def check_ending() -> None:
     threading = sys.modules.get("threading")
     if threading is None:
         return
+    # By then the main thread, in which the hooks run, counts as ended.
     main_thread = threading.main_thread()
     if threading.current_thread() is main_thread and not main_thread.is_alive():
         raise NotSent("the process is ending")
