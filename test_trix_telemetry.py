@@ -740,12 +740,12 @@ def test_a_copy_with_its_values_edited_has_its_commands(edited_copy, command):
 
 
 class Unwilling:
-    """A value that is neither text nor truth."""
+    """A value that is no text, no truth and no path."""
 
-    def __str__(self):
+    def __repr__(self):
         raise ZeroDivisionError
 
-    __bool__ = __str__
+    __str__ = __bool__ = __fspath__ = __repr__
 
 
 WRONG_SETTINGS = {
@@ -766,6 +766,7 @@ WRONG_SETTINGS = {
     "directory-relative": ("directory", "relative"),
     "directory-empty": ("directory", ""),
     "directory-an-object": ("directory", object()),
+    "directory-unwilling": ("directory", Unwilling()),
     "environment-empty": ("environment", ""),
     "prog-a-number": ("prog", 5),
     "prog-two-lines": ("prog", "a\nb"),
@@ -1206,10 +1207,10 @@ def test_status_names_what_is_damaged(collector, config, capfd, text, says):
 @cases(
     ("kind", "says"),
     {
-        "a-named-pipe": ("pipe", "it is not a regular file"),
-        "a-directory": ("directory", "Is a directory"),
-        "a-device": ("device", "it is not a regular file"),
-        "a-loop": ("loop", "Too many levels of symbolic links"),
+        "a-named-pipe": ("pipe", "cannot be read: it is not a regular file"),
+        "a-directory": ("directory", "cannot be read: it is not a regular file"),
+        "a-device": ("device", "cannot be read: it is not a regular file"),
+        "a-loop": ("loop", "(cannot be read: Too many levels of|is a link that leads nowhere).*"),
     },
 )
 def test_what_is_no_file_is_off_and_left_alone(collector, state, capfd, kind, says):
@@ -1230,17 +1231,54 @@ def test_what_is_no_file_is_off_and_left_alone(collector, state, capfd, kind, sa
     out, err = capfd.readouterr()
     assert (code, err) == (0, "")
     first = out.splitlines()[0]
-    assert first == f"Telemetry of trix-cli is off: {path} cannot be read: {says}"
+    assert re.fullmatch(f"Telemetry of trix-cli is off: {path} {says}", first)
     assert names(state) == ["config.toml"]
     assert collector.requests == []
 
 
-@posix
-def test_a_named_pipe_in_the_place_of_the_config_holds_nothing_up(collector, state):
-    state.mkdir(parents=True)
-    os.mkfifo(state / "config.toml")
+PIPE_IN_ITS_PLACE = """
+import os
 
-    done = run_tool(timeout=LONG / 2)
+look = os.stat
+
+
+def look_elsewhere(path, **options):
+    return look(sys.argv[2] if path == sys.argv[1] else path, **options)
+
+
+os.stat = look_elsewhere
+assert trix_telemetry.track_command_execution("build") is None
+"""
+
+
+@posix
+def test_a_named_pipe_that_has_just_taken_the_place_of_the_config_holds_nothing_up(
+    collector, config
+):
+    path = config()
+    path.unlink()
+    os.mkfifo(path)
+
+    done = run_tool(PIPE_IN_ITS_PLACE, arguments=[path, MODULE], timeout=LONG / 2)
+
+    assert_silent(done)
+
+
+@posix
+def test_no_device_is_opened(collector, state):
+    state.mkdir(parents=True)
+    (state / "config.toml").symlink_to("/dev/null")
+    code = f"""
+def watch(event, arguments):
+    if event == "open":
+        print(arguments[0])
+
+
+sys.addaudithook(watch)
+{TRACK}
+"""
+
+    done = run_tool(code)
 
     assert_silent(done)
 
@@ -2637,6 +2675,8 @@ def foreign(home, monkeypatch):
             (home / "own" / "config.toml").write_text(ON)
             (theirs / ".tx3").mkdir()
             directory.symlink_to(home / "own")
+        elif kind == "no-file-in-the-place-of-the-config":
+            (directory / "config.toml").mkdir(parents=True)
         else:
             directory.mkdir(parents=True)
             (directory / "config.toml").write_text(ON)
@@ -2658,6 +2698,7 @@ in_foreign_homes = pytest.mark.parametrize(
         "a-link-to-their-directory",
         "a-config-that-is-a-link-to-their-file",
         "a-link-of-theirs-to-a-directory-of-roots",
+        "no-file-in-the-place-of-the-config",
     ],
 )
 
@@ -3705,6 +3746,61 @@ def test_a_pool_of_processes_counts_each_call_once(collector, config, home, meth
     assert sorted(collector.commands) == ["child", "child", "child", "parent"]
 
 
+@posix
+def test_an_exception_of_a_signal_handler_during_a_call_reaches_the_host(collector, config):
+    config()
+    code = """
+        import os
+        import signal
+
+
+        def stop(number, frame):
+            raise TimeoutError
+
+
+        def alarm(event, arguments):
+            if event == "open" and str(arguments[0]).endswith("config.toml"):
+                os.kill(os.getpid(), signal.SIGALRM)
+
+
+        signal.signal(signal.SIGALRM, stop)
+        sys.addaudithook(alarm)
+        try:
+            trix_telemetry.track_command_execution("build")
+        except TimeoutError:
+            print("caught", signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    """
+
+    done = run_tool(code)
+
+    assert (done.stdout, done.stderr) == ("caught set()\n", "")
+    assert collector.commands == ["build"]
+
+
+def test_a_module_that_hosts_import_too_is_imported_before_the_thread_starts(collector, config):
+    config()
+
+    done = run_tool(f"{TRACK}print('collections.abc' in sys.modules)")
+
+    assert done.stdout == "True\n"
+
+
+@cases(
+    "speak",
+    {
+        "the-head": drip(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.1),
+        "the-body": drip(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r", b"\n", 0.1),
+    },
+)
+def test_the_thread_ends_at_its_deadline_whatever_drips(hostile, config, speak):
+    config(otlp_endpoint=hostile(speak).url, timeout_ms=500)
+
+    thread = trix_telemetry.track_command_execution("build")
+
+    thread.join(LONG / 2)
+    assert not thread.is_alive()
+
+
 def test_a_start_that_is_interrupted_leaves_nothing_under_way(collector, config):
     config(timeout_ms=60_000)
     code = """
@@ -4107,6 +4203,28 @@ def test_a_config_is_made_where_there_is_none(collector, state, command, name, w
     assert path.read_text() == NEW_CONFIG.replace("true", value)
 
 
+def test_disable_keeps_a_config_that_has_just_been_made(state):
+    code = """
+        write = trix_telemetry.write_file
+
+
+        def write_late(path, *rest):
+            with open(path, "w") as file:
+                file.write("# mine\\n[telemetry]\\nenabled = true\\n")
+            trix_telemetry.write_file = write
+            write(path, *rest)
+
+
+        trix_telemetry.write_file = write_late
+        sys.exit(trix_telemetry.main(["disable"]))
+    """
+
+    done = run_tool(code)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (state / "config.toml").read_text() == "# mine\n[telemetry]\nenabled = false\n"
+
+
 def test_after_enable_there_is_no_notice(collector, command, capsys):
     command("enable")
 
@@ -4242,6 +4360,37 @@ def test_track_in_a_first_run_shows_the_notice(collector, state, command):
 
     assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
     assert names(state) == ["config.toml", "fingerprint"]
+
+
+def test_track_sends_nothing_where_a_disable_has_just_been_quicker(collector):
+    code = """
+        write = trix_telemetry.write_file
+
+
+        def write_late(path, *rest):
+            trix_telemetry.write_file = write
+            trix_telemetry.main(["disable"])
+            write(path, *rest)
+
+
+        trix_telemetry.write_file = write_late
+        trix_telemetry.main(["track", "build"])
+    """
+
+    done = run_tool(code)
+
+    assert done.stdout.endswith("\nNot sent. Telemetry is off: config.toml says enabled = false\n")
+    assert done.stderr == ""
+    assert collector.requests == []
+
+
+@posix
+@cases("value", {"none": None, "relative": "here"})
+def test_track_without_a_home_is_off(collector, value):
+    done = run_command("track", "build", env={"HOME": value})
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Not sent. Telemetry is off: HOME is not set to an absolute path\n"
 
 
 def test_track_in_a_first_run_without_stderr_sends_nothing(collector, state):
@@ -4475,6 +4624,7 @@ def test_ctrl_c_ends_a_track(hostile, config):
         "track-to-ftp": ["track", "a", "--endpoint", "ftp://me:secret@h"],
         "track-to-nowhere": ["track", "a", "--endpoint", ""],
         "preview-two-words": ["preview", "a b"],
+        "preview-nothing": ["preview", ""],
     },
 )
 def test_a_wrong_value_is_told_in_one_line(collector, command, arguments):
@@ -4692,6 +4842,24 @@ def test_selftest_passes_with_any_settings(acme):
     assert done.stdout.endswith("All passed.\n")
     assert "secret" not in done.stdout
     assert "trix" not in done.stdout.replace("User-Agent: trix-telemetry/3.0.0", "")
+
+
+def test_selftest_passes_with_a_name_of_an_enumeration(acme):
+    code = """
+        import enum
+
+
+        class Tool(enum.StrEnum):
+            NAME = "acme"
+
+
+        usage.initialize_telemetry(service_name=Tool.NAME, service_version="1", endpoint="")
+        sys.exit(usage.main(["selftest"]))
+    """
+
+    done = acme.run(code)
+
+    assert (done.returncode, done.stdout[-13:]) == (0, "\nAll passed.\n")
 
 
 @pytest.mark.parametrize("name", ["my.tool.py", "usage"])

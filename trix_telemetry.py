@@ -36,6 +36,8 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    import io
+    import socket
     import ssl
     import threading
     import urllib.request
@@ -157,7 +159,7 @@ class CommandError(Exception):
 def describe_tool(settings: Settings) -> str:
     """Return the name of the tool, also where it is not valid."""
     name = settings.service_name
-    return make_printable(name if isinstance(name, str) else repr(name))
+    return make_printable(name if isinstance(name, str) else type(name).__name__)
 
 
 def describe_error(error: Exception) -> str:
@@ -468,16 +470,19 @@ def find_directory(settings: Settings) -> str:
 
 def read_file(path: str, limit: int) -> bytes:
     """Return up to limit bytes of a regular file. Raise OSError."""
+    # Before it is opened, which changes some devices.
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is not a regular file")
+    # Python first makes a buffer of the size that is asked for.
+    size = min(limit, found.st_size)
     with open(path, "rb", opener=open_at_once) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError("it is not a regular file")
-        # Python first makes a buffer of the size that is asked for.
-        return file.read(min(limit, found.st_size))
+        # A named pipe without data reads as None.
+        return file.read(size) or b""
 
 
 def open_at_once(path: str, flags: int) -> int:
-    """Open a file; a named pipe in its place does not hold the host up."""
+    """Open a file; a named pipe that has just taken its place does not hold the host up."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -745,19 +750,43 @@ def open_request(
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler(find_proxies()))
     opener.add_handler(urllib.request.UnknownHandler())
-    for handler in make_handlers(context):
+    for handler in make_handlers(context, deadline):
         opener.add_handler(handler)
     remaining = max(deadline - time.monotonic(), 0.001)
     response: HTTPResponse = opener.open(request, timeout=remaining)
     return response
 
 
-def make_handlers(context: "ssl.SSLContext | None") -> "list[urllib.request.BaseHandler]":
-    """Return handlers for http and, with a context, https."""
+def make_handlers(
+    context: "ssl.SSLContext | None", deadline: float
+) -> "list[urllib.request.BaseHandler]":
+    """Return handlers for http and, with a context, https, whose responses heed the deadline."""
     import http.client
+    import io
     import urllib.request
 
+    class Stream(io.RawIOBase):
+        """The bytes of a socket. Its own timeout would begin anew with each byte."""
+
+        def __init__(self, sock: "socket.socket", file: "io.BufferedReader") -> None:
+            self.sock = sock
+            self.file = file
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: "Any") -> "int | None":
+            self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            return self.file.raw.readinto(buffer)
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: "socket.socket", *arguments: "Any", **options: "Any") -> None:
+            super().__init__(sock, *arguments, **options)
+            self.fp = io.BufferedReader(Stream(sock, self.fp))
+
     class Connection(http.client.HTTPConnection):
+        response_class = Response
+
         def connect(self) -> None:
             super().connect()
             # The host may have closed a standard stream while the name was looked up.
@@ -997,6 +1026,8 @@ class Session:
     """The deliveries of one process that are under way, and what they share."""
 
     def __init__(self) -> None:
+        # Python 3.13.0 can fail to import it in two threads at once, so not in that of a delivery.
+        import collections.abc  # noqa: F401
         import threading
 
         # Reentrant: a signal handler may track in the middle of a track.
@@ -1242,8 +1273,8 @@ def plan_delivery(call: Call, requested: "str | None" = None) -> OtlpClient:
     settings = call.settings
     check_call(call)
     storage = Storage(find_directory(settings))
-    found = storage.read_config()
     check_owner(storage.config_path)
+    found = storage.read_config()
     if found is None:
         check_first_run(settings, storage)
         found = NEW_CONFIG
@@ -1303,8 +1334,24 @@ def track_command_execution(name: str) -> "threading.Thread | None":
     Returns the daemon thread that delivers it, None where nothing will be sent. Raises nothing.
     At exit the process waits for what is left of `timeout_ms` since the call.
     """
+    # A host that has not imported it has no signal handlers.
+    signal: Any = sys.modules.get("signal")
+    if not hasattr(signal, "pthread_sigmask"):
+        return try_to_start(name)
+    # What a handler raises is not ours to catch, so it runs before or after.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        call = Call(current_settings, name)
+        # The standard signals; valid_signals() takes long.
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+        return try_to_start(name)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def try_to_start(command: str) -> "threading.Thread | None":
+    """Start the delivery of a command, or explain it; None where nothing will be sent."""
+    try:
+        call = Call(current_settings, command)
         if is_debugging(call.settings):
             write_stderr(explain_delivery(call))
             return None
@@ -1362,7 +1409,7 @@ def find_path(directory: "Any") -> "Any":
     """Return a path as text; what is none stays as it is, for check_settings to find."""
     try:
         return os.fspath(directory)
-    except TypeError:
+    except Exception:
         return directory
 
 
@@ -1550,14 +1597,18 @@ def edit_config(data: bytes, is_enabled: bool) -> bytes:
 
 def save_enabled(storage: Storage, is_enabled: bool) -> None:
     """Set `enabled` in config.toml. Raise InvalidSetting, NotSent, CommandError, OSError."""
-    data = storage.read_config()
     check_owner(storage.config_path)
+    data = storage.read_config()
     if data is None:
         check_creatable(storage.config_path)
         make_directory(storage.directory)
         value = b"true" if is_enabled else b"false"
-        write_file(storage.config_path, NEW_CONFIG.replace(b"true", value))
-        return
+        try:
+            write_file(storage.config_path, NEW_CONFIG.replace(b"true", value), link_file)
+            return
+        except FileExistsError:
+            # Another process has just created it.
+            data = storage.read_config() or b""
     edited = edit_config(data, is_enabled)
     if edited == data:
         return
@@ -1590,7 +1641,9 @@ def run_switch(settings: Settings, options: "argparse.Namespace") -> int:
 
 
 def run_preview(settings: Settings, options: "argparse.Namespace") -> int:
-    command = options.command or get_sample_command(settings)
+    command = options.command
+    if command is None:
+        command = get_sample_command(settings)
     check_command(command, settings.commands)
     call = Call(settings, command)
     reason, _ = find_reason(settings)
@@ -1702,11 +1755,14 @@ def run_track(settings: Settings, options: "argparse.Namespace") -> int:
     if options.endpoint is not None:
         parse_endpoint(options.endpoint, "--endpoint")
     call = Call(settings, options.command)
-    storage = Storage(find_directory(settings))
     try:
         client = plan_delivery(call, options.endpoint)
-        if storage.read_config() is None:
-            run_first(settings, storage, client.url)
+        storage = Storage(find_directory(settings))
+        config_data = storage.read_config()
+        if config_data is None:
+            config_data = run_first(settings, storage, client.url)
+        # Another process may just have created it.
+        check_enabled(parse_config(config_data))
     except (NotSent, ImportError, OSError) as error:
         show(f"Not sent. Telemetry is off: {describe_error(error)}")
         return 0
@@ -1760,6 +1816,8 @@ def copy_module(directory: str) -> None:
 
 def format_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
     """Return the source of a tool like this one that runs one command."""
+    import json
+
     command = get_sample_command(settings)
     given = {name: getattr(settings, name) for name in vars(Settings) if not name.startswith("_")}
     given["directory"] = directory
@@ -1769,12 +1827,13 @@ def format_sample_tool(settings: Settings, directory: str, endpoint: str) -> str
     given["headers"] = None
     given["opt_in"] = False
     return f"""
+import json
 import sys
 
 sys.path.insert(0, {directory!r})
 import telemetry_copy
 
-telemetry_copy.initialize_telemetry(**{given!r})
+telemetry_copy.initialize_telemetry(**json.loads({json.dumps(given)!r}))
 telemetry_copy.track_command_execution({command!r})
 """
 
@@ -1852,8 +1911,9 @@ def build_parser(settings: Settings) -> "argparse.ArgumentParser":
 
     tool = escape(describe_tool(settings))
     has_prog = isinstance(settings.prog, str) and settings.prog != ""
+    prog = escape(settings.prog) if has_prog else tool
     text = f"Show or change the usage telemetry of {tool}."
-    parser = argparse.ArgumentParser(escape(settings.prog) if has_prog else tool, description=text)
+    parser = argparse.ArgumentParser(prog, description=text)
     parser.add_argument("--version", action="version", version=f"telemetry {__version__}")
     parser.set_defaults(run=run_status, json=False)
     commands = parser.add_subparsers(metavar="COMMAND", help="status if none is given")
