@@ -3780,7 +3780,7 @@ def test_an_exception_of_a_signal_handler_during_a_call_reaches_the_host(collect
 def test_a_module_that_hosts_import_too_is_imported_before_the_thread_starts(collector, config):
     config()
 
-    done = run_tool(f"{TRACK}print('collections.abc' in sys.modules)")
+    done = run_tool(f"import collections\n{TRACK}print('collections.abc' in sys.modules)")
 
     assert done.stdout == "True\n"
 

@@ -1026,9 +1026,11 @@ class Session:
     """The deliveries of one process that are under way, and what they share."""
 
     def __init__(self) -> None:
-        # Python 3.13.0 can fail to import it in two threads at once, so not in that of a delivery.
-        import collections.abc  # noqa: F401
         import threading
+
+        # Python 3.13.0 breaks it where two threads import it at once, as a delivery and a host may.
+        if sys.version_info[:3] == (3, 13, 0):
+            import collections.abc  # noqa: F401
 
         # Reentrant: a signal handler may track in the middle of a track.
         self.lock = threading.RLock()
