@@ -3777,12 +3777,18 @@ def test_an_exception_of_a_signal_handler_during_a_call_reaches_the_host(collect
     assert collector.commands == ["build"]
 
 
-def test_a_module_that_hosts_import_too_is_imported_before_the_thread_starts(collector, config):
+def test_a_module_that_python_breaks_in_two_threads_is_imported_before_the_thread(config):
     config()
+    is_broken = sys.version_info[:3] == (3, 13, 0)
+    code = f"""
+{TRACK}
+is_imported = "collections.abc" in sys.modules
+assert is_imported or not {is_broken}
+"""
 
-    done = run_tool(f"import collections\n{TRACK}print('collections.abc' in sys.modules)")
+    done = run_tool(code, env={ENDPOINT: "http://127.0.0.1:1"})
 
-    assert done.stdout == "True\n"
+    assert_silent(done)
 
 
 @cases(
