@@ -141,7 +141,7 @@ RESERVED_HEADERS = (
 )
 
 
-# Errors: why nothing is sent, and how that is told
+# Errors: their types, and their text for a person
 
 
 class NotSent(Exception):
@@ -328,7 +328,7 @@ def check_enabled(config: TelemetryConfig) -> None:
         raise NotSent("config.toml says enabled = false")
 
 
-# Opt-out: the environment and the standard streams
+# Opt-out: the environment, and standard streams that are closed
 
 
 def check_opt_out(settings: Settings) -> None:
@@ -349,7 +349,7 @@ def check_streams() -> None:
             raise NotSent(f"standard {name} is closed") from None
 
 
-# Standard error: where the notice is written, and what the debug variable asks for
+# Standard error: how the notice and the debug text are written
 
 
 def write_stderr(text: str) -> None:
@@ -451,7 +451,7 @@ def make_fingerprint() -> str:
     return hashlib.sha256(text.encode(errors="replace") + os.urandom(32)).hexdigest()
 
 
-# Files: the tool's directory
+# Files: reads and writes the tool's directory
 
 
 def find_directory(settings: Settings) -> str:
@@ -664,7 +664,7 @@ class Storage:
             self.begin_backoff(url, f"the collector answered HTTP {status}")
 
 
-# The client: one collector
+# The client: one HTTP request to one collector
 
 
 class OtlpClient:
@@ -760,13 +760,17 @@ def open_request(
 def make_handlers(
     context: "ssl.SSLContext | None", deadline: float
 ) -> "list[urllib.request.BaseHandler]":
-    """Return handlers for http and, with a context, https, whose responses heed the deadline."""
+    """Return handlers for http and, with a context, https.
+
+    They are those of urllib, with two differences: a response heeds the deadline, and no connection
+    takes the place of a standard stream.
+    """
     import http.client
     import io
     import urllib.request
 
     class Stream(io.RawIOBase):
-        """The bytes of a socket. Its own timeout would begin anew with each byte."""
+        """The bytes of a socket, whose own timeout would begin anew with each of them."""
 
         def __init__(self, sock: "socket.socket", file: "io.BufferedReader") -> None:
             self.sock = sock
@@ -844,7 +848,7 @@ def configure_client(
     return OtlpClient(parse_endpoint(base, source), headers, config.timeout_ms / 1000)
 
 
-# The first run: whether there may be one, and what a person is told
+# The first run: whether it may create the config, and the notice
 
 
 def check_first_run(settings: Settings, storage: Storage) -> None:
@@ -894,7 +898,7 @@ def run_first(settings: Settings, storage: Storage, url: str) -> bytes:
     return NEW_CONFIG
 
 
-# The thread: from a call to the response
+# The thread: one delivery, from the call of the tool to the response
 
 
 class Call:
@@ -1019,7 +1023,7 @@ def import_network(url: str) -> None:
         import_modules("winreg")
 
 
-# The session: what the deliveries of a process share
+# The session: what all deliveries of a process share
 
 
 class Session:
@@ -1115,7 +1119,7 @@ class Session:
             delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
 
 
-# The process: its session and its hooks
+# The process: its one session, and its hooks for forks and the end
 
 
 current_session: "Session | None" = None
@@ -1203,7 +1207,7 @@ def repeat_interrupt() -> None:
             pass
 
 
-# The start: a call becomes a delivery, or the reason why not
+# The start of a delivery: the checks before its thread, also for those who only look
 
 
 def check_call(call: Call) -> None:
@@ -1320,7 +1324,7 @@ def explain_delivery(call: Call) -> str:
     return f"{tool}: telemetry would send\n{format_preview(call, client)}"
 
 
-# What a tool calls
+# What a tool calls: the public functions
 
 
 current_settings = Settings()
