@@ -3503,7 +3503,7 @@ signal.signal(signal.SIGALRM, stop)
 def test_an_exception_of_a_signal_handler_ends_the_wait(hostile, config):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
 
-    done = run_tool(f"{STOP_SOON}{TRACK}signal.setitimer(signal.ITIMER_REAL, 0.5)")
+    done = run_tool(f"{STOP_SOON}{TRACK}signal.setitimer(signal.ITIMER_REAL, 1)")
 
     assert_silent(done)
 
@@ -3518,8 +3518,8 @@ import time
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "tomllib":
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-            time.sleep(0.3)
+            signal.setitimer(signal.ITIMER_REAL, 0.15)
+            time.sleep(0.35)
 
 
 sys.meta_path.insert(0, Finder())

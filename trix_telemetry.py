@@ -1344,7 +1344,8 @@ def track_command_execution(name: str) -> "threading.Thread | None":
     signal: Any = sys.modules.get("signal")
     if not hasattr(signal, "pthread_sigmask"):
         return try_to_start(name)
-    # What a handler raises is not ours to catch, so it runs before or after.
+    # What a handler raises is not ours to catch, so it runs before or after; unless another thread
+    # of the host takes the signal.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         # The standard signals; valid_signals() takes long.
