@@ -3203,11 +3203,11 @@ def test_a_host_that_tracks_often_keeps_its_settings_threads_and_files(collector
 def test_the_signals_of_a_host_are_left_to_the_host(hostile, config):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
     code = """
+        trix_telemetry.track_command_execution("build")
+        trix_telemetry.get_session().deliveries.pop().is_prepared.wait()
         import os
         import signal
 
-        trix_telemetry.track_command_execution("build")
-        trix_telemetry.get_session().deliveries.pop().is_prepared.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signal.sigwait([signal.SIGUSR1]) == signal.SIGUSR1
