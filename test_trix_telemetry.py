@@ -1628,6 +1628,27 @@ def test_a_first_run_sets_modes_on_open_files_alone(collector):
     assert done.stdout == "done\n"
 
 
+@root
+def test_root_sets_no_mode_by_path_where_it_may_not_read(collector):
+    code = """
+        open_as_asked = os.open
+
+
+        def refuse(path, *rest):
+            if os.path.isdir(path):
+                raise PermissionError
+            return open_as_asked(path, *rest)
+
+
+        os.open = refuse
+        assert trix_telemetry.track_command_execution("build") is None
+    """
+
+    done = run_tool(WATCH_MODES + textwrap.dedent(code))
+
+    assert_silent(done)
+
+
 @posix
 def test_an_edit_sets_modes_on_open_files_alone(config):
     path = config()

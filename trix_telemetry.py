@@ -555,7 +555,9 @@ def make_directory(path: str) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        # Even the right to read. So this is not root, for whom a path would not be safe.
+        # Even the right to read. Root sets no mode by path, for it could have become a link.
+        if os.geteuid() == 0:
+            raise
         os.chmod(path, 0o700)
         return
     try:
@@ -1991,7 +1993,7 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     Returns the exit code: 0, 1 for an error or an invalid setting, 2 for a wrong usage, 130 after
     a Ctrl-C.
     """
-    # On Python 3.13 an import beside that of a delivery can meet a half-made module.
+    # An import beside that of a delivery can meet a half-made module.
     wait_for_imports()
     settings = Settings()
     vars(settings).update(vars(current_settings))
