@@ -13,18 +13,18 @@ Look at it: TRIX_TELEMETRY_DEBUG=1 shows what a command would send, and sends no
 Vendor it: copy this file under any name, for Python 3.11 or newer. Then call
 initialize_telemetry(), or edit the values of `Settings`. Nothing else needs editing.
 
-The path of a data point:
+How a data point travels:
 
     track_command_execution()   the call, in a thread of the host
-      start_delivery()          check settings, opt-out and config.toml, which the first run creates
-    Delivery.run()              a daemon thread
-      prepare()                 import, parse the config, choose the endpoint, encode
-      send()                    one POST
+      Delivery.check()          settings, opt-out, config.toml, which the first run creates
+      Delivery.start()          a daemon thread, which does the rest
+        Delivery.prepare()      parse the config, choose the endpoint, encode
+        Delivery.send()         one POST
     close_session()             at exit: wait for what is under way, not past its deadline
 
-Each section uses those above it; a delivery and its session also use each other. So the call stands
-near the end, and the command line is last. Modules are imported where they are used: a tool whose
-telemetry is off imports no more than the four below.
+Each section uses those above it; a session and its deliveries also use each other. So the call
+stands near the end, and the command line is last. Modules are imported where they are used: a tool
+that is turned off, by `disable` or by a variable, imports no more than the four below.
 """
 
 import os
@@ -32,20 +32,18 @@ import stat
 import sys
 import time
 
-# As typing has it, which takes 7 ms to import. Names from below stand in quotes.
+# As typing has it, which takes 7 ms to import. Annotations that Python evaluates stand in quotes.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    import io
-    import socket
-    import ssl
     import threading
     import urllib.request
     from collections.abc import Callable, Collection, Iterator
     from http.client import HTTPResponse
+    from ssl import SSLContext
     from typing import Any
 
-__version__ = "3.0.0"
+__version__ = "4.0.0"
 __all__ = [
     "get_user_fingerprint",
     "initialize_telemetry",
@@ -57,18 +55,6 @@ __all__ = [
 # Settings: what the tool says of itself, and the limits
 
 
-def find_module_name() -> str:
-    """Return the name for `python -m`; "" where this was loaded from memory."""
-    spec = globals().get("__spec__")
-    if spec is not None:
-        return str(spec.name)
-    path = globals().get("__file__") or ""
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-MODULE = find_module_name()
-
-
 class Settings:
     """What the tool says of itself: edit these values, or call initialize_telemetry()."""
 
@@ -78,12 +64,12 @@ class Settings:
     endpoint = ""
     metric_name = "trix_command_invocation"
     # Where config.toml, fingerprint and backoff are kept.
-    directory = "~/.tx3/trix"
+    directory: "str | os.PathLike[str]" = "~/.tx3/trix"
     # A variable, and the prefix of two more: _ENDPOINT and _DEBUG.
     environment = "TRIX_TELEMETRY"
     # How a person reaches main(), such as "acme telemetry". Empty: texts name no command.
-    prog = f"python -m {MODULE}" if MODULE else ""
-    # The names that may be counted. None: any name of the right form.
+    prog = "python -m trix_telemetry"
+    # The names that may be counted: a list, tuple, set or dict. None: any name of the right form.
     commands: "Collection[str] | None" = None
     # Sent to the tool's own endpoint only, such as an ingest token.
     headers: "dict[str, str] | None" = None
@@ -116,29 +102,13 @@ MAX_IMPORT_SECONDS = 0.5
 WAIT_SECONDS = 0.05
 MAX_CONFIG_BYTES = 1 << 20
 # At most this much of a response is read. An unread one would reset the collector's connection.
-MAX_BODY_BYTES = 4096
+MAX_REPLY_BYTES = 4096
 
-# A variable that is empty says nothing, so both hold "".
+# An empty variable counts as unset, so both hold "".
 FALSE_WORDS = ("", "0", "false", "no", "off")
 TRUE_WORDS = ("", "1", "true", "yes", "on")
 HEX_DIGITS = "0123456789abcdefABCDEF"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-# RFC 3986: what a URL is written with, without the "?" and "#" that begin a query and a fragment.
-URL_CHARACTERS = r"[A-Za-z0-9._~!$&'()*+,;=:@%/\[\]-]+"
-# A host name or an IPv6 address, and a port; no user info.
-AUTHORITY = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
-# RFC 9110, section 5: the name and the value of a header.
-HEADER_NAME = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
-HEADER_VALUE = r"[\t -~\xa0-\xff]*"
-RESERVED_HEADERS = (
-    "connection",
-    "content-length",
-    "content-type",
-    "host",
-    "transfer-encoding",
-    "user-agent",
-)
 
 
 # Errors: their types, and their text for a person
@@ -156,19 +126,14 @@ class CommandError(Exception):
     """A command of the command line failed, and why."""
 
 
-def describe_tool(settings: Settings) -> str:
-    """Return the name of the tool, also where it is not valid."""
-    name = settings.service_name
-    return make_printable(name if isinstance(name, str) else type(name).__name__)
-
-
 def describe_error(error: Exception) -> str:
     """Return in one line what went wrong."""
     if isinstance(error, ImportError):
         return f"this Python has no module {error.name}"
     if isinstance(error, (NotSent, CommandError, OSError)):
         return make_printable(str(error))
-    return make_printable(f"{type(error).__name__}: {error}")
+    # The text of another error may show the password of a proxy.
+    return type(error).__name__
 
 
 def make_printable(text: str) -> str:
@@ -176,7 +141,7 @@ def make_printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text.strip()[:1000])
 
 
-# Checks: which values may be used; nothing outside this process is read or changed
+# Checks: which values may be used
 
 
 def check_settings(settings: Settings) -> None:
@@ -187,21 +152,29 @@ def check_settings(settings: Settings) -> None:
         is_line = isinstance(value, str) and value.isprintable()
         if not is_line or (name in required and value == ""):
             raise InvalidSetting(f"{name} of the tool must be one line of text")
-    if not isinstance(settings.directory, str) or "\0" in settings.directory:
-        raise InvalidSetting("directory of the tool must be a path")
-    if settings.commands is not None and not is_collection_of_names(settings.commands):
-        raise InvalidSetting("commands of the tool must be a collection of names")
+    if settings.commands is not None:
+        check_commands(settings.commands)
     if settings.headers is not None:
         check_headers(settings.headers, "headers of the tool")
     if not isinstance(settings.opt_in, bool):
         raise InvalidSetting("opt_in of the tool must be True or False")
+    check_directory(settings.directory)
 
 
-def is_collection_of_names(commands: "Any") -> bool:
-    # A generator has no __contains__: it would be empty after the first look.
-    if isinstance(commands, str) or not hasattr(commands, "__contains__"):
-        return False
-    return all(isinstance(name, str) for name in commands)
+def check_directory(directory: "Any") -> None:
+    """Raise InvalidSetting for what is no absolute path, and does not begin with ~."""
+    if isinstance(directory, (str, os.PathLike)):
+        path = os.fspath(directory)
+        if (os.path.isabs(path) or path.startswith("~")) and "\0" not in path:
+            return
+    raise InvalidSetting("directory of the tool must be an absolute path, or begin with ~")
+
+
+def check_commands(commands: "Any") -> None:
+    """Raise InvalidSetting for what is no collection, or has no name that can be counted."""
+    is_collection = isinstance(commands, (list, tuple, set, frozenset, dict))
+    if not is_collection or not any(is_command_name(name) for name in commands):
+        raise InvalidSetting("commands of the tool must be a list, tuple, set or dict with a name")
 
 
 def check_command(name: "Any", commands: "Collection[str] | None") -> None:
@@ -220,72 +193,55 @@ def is_command_name(name: "Any") -> bool:
     return name[:1].isalpha() and letters.isalnum()
 
 
+def check_headers(headers: "Any", source: str) -> None:
+    """Raise InvalidSetting for what HTTP cannot carry: RFC 9110, section 5."""
+    error = InvalidSetting(f"{source} must be a table of names and values in printable ASCII")
+    if not isinstance(headers, dict):
+        raise error
+    for name, value in headers.items():
+        for text in (name, value):
+            if not isinstance(text, str) or not text.isascii() or not text.isprintable():
+                raise error
+        if name == "" or " " in name or ":" in name or name.lower() == "transfer-encoding":
+            raise error
+
+
 def parse_endpoint(base: "Any", source: str) -> str:
     """Return the URL for metrics: OTLP specification, "OTLP/HTTP Request". Raise InvalidSetting."""
-    import re
     from urllib.parse import urlsplit
 
     allowed = "an http or https base URL with a host, without user info, query or fragment"
     error = InvalidSetting(f"{source} must be {allowed}")
-    if not isinstance(base, str) or not re.fullmatch(URL_CHARACTERS, base):
+    # urlsplit leaves out control characters, and takes an empty query or fragment for none.
+    if not isinstance(base, str) or not base.isascii() or not base.isprintable():
+        raise error
+    if any(c in " ?#" for c in base):
         raise error
     try:
         parts = urlsplit(base)
         port = parts.port
     except ValueError:
         raise error from None
-    if parts.scheme not in ("http", "https") or port == 0:
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise error
-    if not re.fullmatch(AUTHORITY, parts.netloc):
+    # A host name or an IPv6 address, and a port; no user info.
+    if not all(c.isalnum() or c in ".-_:[]" for c in parts.netloc):
         raise error
     path = parts.path.rstrip("/").removesuffix("/v1/metrics")
     return f"{parts.scheme}://{parts.netloc}{path}/v1/metrics"
 
 
-def check_headers(headers: "Any", source: str) -> None:
-    """Raise InvalidSetting for what is not a table of strings."""
-    if not isinstance(headers, dict):
-        raise InvalidSetting(f"{source} must be a table of strings")
-    for name, value in headers.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise InvalidSetting(f"{source} must be a table of strings")
-
-
-def select_headers(headers: "dict[str, str]") -> "dict[str, str]":
-    """Return the headers that HTTP can carry and that replace none which the request needs.
-
-    A mistyped header is no reason to be off.
-    """
-    import re
-
-    selected = {}
-    for name, value in headers.items():
-        is_valid = re.fullmatch(HEADER_NAME, name) and re.fullmatch(HEADER_VALUE, value)
-        if is_valid and name.lower() not in RESERVED_HEADERS:
-            selected[name] = value
-    return selected
-
-
 # The config: what config.toml says
 
 
-def check_table(table: "Any") -> None:
-    """Raise InvalidSetting for what is not a table whose `enabled`, if there is one, is a bool."""
-    if not isinstance(table, dict):
-        raise InvalidSetting("telemetry must be a table")
-    if not isinstance(table.get("enabled", True), bool):
-        raise InvalidSetting("telemetry.enabled must be true or false")
-
-
 class TelemetryConfig:
-    """The `[telemetry]` table of config.toml, checked; raises InvalidSetting.
+    """The `[telemetry]` table of config.toml, as find_table() returns it; raises InvalidSetting.
 
     `timeout_ms` is in milliseconds, 1 to 60000. `enabled` and `otlp_endpoint` are None where they
     are missing.
     """
 
-    def __init__(self, table: "Any") -> None:
-        check_table(table)
+    def __init__(self, table: "dict[str, Any]") -> None:
         self.enabled: bool | None = table.get("enabled")
         self.timeout_ms: int = table.get("timeout_ms", DEFAULT_TIMEOUT_MS)
         self.otlp_endpoint: str | None = table.get("otlp_endpoint")
@@ -299,25 +255,34 @@ class TelemetryConfig:
         check_headers(self.otlp_headers, "telemetry.otlp_headers")
 
 
-def parse_toml(data: bytes, parse_float: "Callable[[str], Any]" = float) -> "dict[str, Any]":
-    """Return the document in config.toml. Raise InvalidSetting, ImportError."""
+def parse_config(data: bytes) -> TelemetryConfig:
+    """Return what config.toml says. Raise InvalidSetting, ImportError."""
     if data == NEW_CONFIG:
-        return {"telemetry": {"enabled": True, "timeout_ms": DEFAULT_TIMEOUT_MS}}
+        return TelemetryConfig({"enabled": True})
+    return TelemetryConfig(find_table(parse_toml(data)))
+
+
+def parse_toml(data: bytes) -> "dict[str, Any]":
+    """Return the document in config.toml. Raise InvalidSetting, ImportError."""
     import tomllib
 
     if len(data) > MAX_CONFIG_BYTES:
         raise InvalidSetting("config.toml must not be larger than 1 MiB")
     try:
         # Notepad and PowerShell put a byte order mark before the text.
-        text = data.removeprefix(BYTE_ORDER_MARK).decode()
-        return tomllib.loads(text, parse_float=parse_float)
+        return tomllib.loads(data.removeprefix(BYTE_ORDER_MARK).decode())
     except (ValueError, RecursionError) as error:
         raise InvalidSetting(f"config.toml must be TOML in UTF-8: {error}") from None
 
 
-def parse_config(data: bytes) -> TelemetryConfig:
-    """Return the `[telemetry]` table of config.toml. Raise InvalidSetting, ImportError."""
-    return TelemetryConfig(parse_toml(data).get("telemetry", {}))
+def find_table(document: "dict[str, Any]") -> "dict[str, Any]":
+    """Return the `[telemetry]` table, with a bool `enabled` if any. Raise InvalidSetting."""
+    table = document.get("telemetry", {})
+    if not isinstance(table, dict):
+        raise InvalidSetting("telemetry must be a table")
+    if not isinstance(table.get("enabled", True), bool):
+        raise InvalidSetting("telemetry.enabled must be true or false")
+    return table
 
 
 def check_enabled(config: TelemetryConfig) -> None:
@@ -328,12 +293,17 @@ def check_enabled(config: TelemetryConfig) -> None:
         raise NotSent("config.toml says enabled = false")
 
 
-# Opt-out: the environment, and standard streams that are closed
+# Opt-out: variables, standard streams that are closed, and the way to tell a person
+
+
+def is_set(variable: str) -> bool:
+    """Return whether a variable is anything but empty, 0, false, no or off."""
+    return os.environ.get(variable, "").lower() not in FALSE_WORDS
 
 
 def check_opt_out(settings: Settings) -> None:
     """Raise NotSent where a variable turns telemetry off."""
-    if os.environ.get("DO_NOT_TRACK", "").lower() not in FALSE_WORDS:
+    if is_set("DO_NOT_TRACK"):
         raise NotSent("DO_NOT_TRACK is set")
     if os.environ.get(settings.environment, "").lower() not in TRUE_WORDS:
         raise NotSent(f"{settings.environment} is set, and not to 1, true, yes or on")
@@ -349,9 +319,6 @@ def check_streams() -> None:
             raise NotSent(f"standard {name} is closed") from None
 
 
-# Standard error: how the notice and the debug text are written
-
-
 def write_stderr(text: str) -> None:
     """Write a line past the buffer, so that a failure is known at once. Raise OSError."""
     if sys.stderr is None:
@@ -363,25 +330,11 @@ def write_stderr(text: str) -> None:
         sys.stderr.write(f"{text}\n")
         return
     sys.stderr.flush()
-    check_reader(descriptor)
-    data = f"{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    data = f"{text}\n".encode(encoding, "backslashreplace")
     while data:
         written = os.write(descriptor, data)
         data = data[written:]
-
-
-def check_reader(descriptor: int) -> None:
-    """Raise OSError where nobody reads: a write would wait, or end the host by SIGPIPE."""
-    import select
-
-    # Windows has no poll, and eventlet takes it away.
-    if sys.platform == "win32" or not hasattr(select, "poll"):
-        return
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    events = poll.poll(0)
-    if not events or events[0][1] & (select.POLLERR | select.POLLHUP):
-        raise OSError("standard error takes no text")
 
 
 # The data point: all that is sent
@@ -427,14 +380,6 @@ def encode_attributes(attributes: "dict[str, str]") -> "list[dict[str, Any]]":
     return [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()]
 
 
-def describe_resource(settings: Settings, fingerprint: str) -> "dict[str, str]":
-    return {
-        "service.name": settings.service_name,
-        "service.version": settings.service_version,
-        "user.fingerprint": fingerprint,
-    }
-
-
 def make_fingerprint() -> str:
     """Return SHA-256 over host, system and randomness that is not kept, as 64 hex digits."""
     import hashlib
@@ -454,36 +399,13 @@ def make_fingerprint() -> str:
 # Files: reads and writes the tool's directory
 
 
-def find_directory(settings: Settings) -> str:
-    """Return the absolute path of the tool's directory. Raise NotSent, InvalidSetting."""
-    path = settings.directory
-    if path.startswith("~"):
-        # Without HOME, expanduser() asks the password database, which may be a network away.
-        if os.name == "nt" or os.environ.get("HOME"):
-            path = os.path.expanduser(path)
-        if not os.path.isabs(path):
-            raise NotSent("HOME is not set to an absolute path")
-    if not os.path.isabs(path):
-        raise InvalidSetting("directory of the tool must be an absolute path, or begin with ~")
-    return path.replace("/", os.sep)
-
-
 def read_file(path: str, limit: int) -> bytes:
     """Return up to limit bytes of a regular file. Raise OSError."""
-    # Before it is opened, which changes some devices.
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    # Before it is opened: a named pipe would wait, and some devices act on it.
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("it is not a regular file")
-    # Python first makes a buffer of the size that is asked for.
-    size = min(limit, found.st_size)
-    with open(path, "rb", opener=open_at_once) as file:
-        # A named pipe without data reads as None.
-        return file.read(size) or b""
-
-
-def open_at_once(path: str, flags: int) -> int:
-    """Open a file; a named pipe that has just taken its place does not hold the host up."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    with open(path, "rb") as file:
+        return file.read(limit)
 
 
 def write_file(
@@ -510,15 +432,13 @@ def open_private(path: str, flags: int) -> int:
 
 
 def link_file(temporary: str, path: str) -> None:
-    """Place a new file. Raise FileExistsError where there is one.
-
-    Without hard links, of several that are placed at the same moment the last one stays.
-    """
+    """Place a new file. Raise FileExistsError where there is one."""
     try:
         os.link(temporary, path)
-    except (OSError, AttributeError):
+    except OSError:
         if os.path.lexists(path):
             raise FileExistsError from None
+        # A file system without hard links.
         os.replace(temporary, path)
 
 
@@ -544,30 +464,20 @@ def delete_file(path: str) -> None:
 
 
 def make_directory(path: str) -> None:
-    """Make a directory and its parents, each 0700 under any umask. Raise OSError."""
+    """Make a directory and its parents, each 0700. Raise OSError."""
     if os.path.isdir(path):
         return
-    make_directory(os.path.dirname(path))
+    parent = os.path.dirname(path)
+    # The root of a drive that is not there is its own parent.
+    if parent != path:
+        make_directory(parent)
+    # It gives the mode to the last directory alone.
     os.makedirs(path, 0o700, exist_ok=True)
-    if sys.platform == "win32":
-        return
-    # A umask may have taken rights away.
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        # Even the right to read. Root sets no mode by path, for it could have become a link.
-        if os.geteuid() == 0:
-            raise
-        os.chmod(path, 0o700)
-        return
-    try:
-        os.fchmod(descriptor, 0o700)
-    finally:
-        os.close(descriptor)
 
 
 def check_owner(path: str) -> None:
-    """Raise NotSent where this is root, and a directory or link on the way to path is not root's.
+    """Raise NotSent where this is root, and a directory or link on the way to path is not root's;
+    OSError where it cannot be looked at.
 
     Whoever owns a directory can turn each path in it into a link to a file of root's.
     """
@@ -601,13 +511,22 @@ def check_creatable(path: str) -> None:
 
 
 class Storage:
-    """The three files of a tool: config.toml, fingerprint and backoff."""
+    """The three files of a tool: config.toml, fingerprint and backoff.
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self.config_path = os.path.join(directory, "config.toml")
-        self.fingerprint_path = os.path.join(directory, "fingerprint")
-        self.backoff_path = os.path.join(directory, "backoff")
+    Raises InvalidSetting where the directory is no absolute path, NotSent where the home is not
+    known or root must not follow it, OSError where it cannot be looked at.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        check_directory(settings.directory)
+        path = os.path.expanduser(settings.directory)
+        if not os.path.isabs(path):
+            raise NotSent("the home directory is not known")
+        self.directory = path.replace("/", os.sep)
+        self.config_path = os.path.join(self.directory, "config.toml")
+        self.fingerprint_path = os.path.join(self.directory, "fingerprint")
+        self.backoff_path = os.path.join(self.directory, "backoff")
+        check_owner(self.config_path)
 
     def read_config(self) -> "bytes | None":
         """Return what config.toml holds, None where there is none. Raise NotSent."""
@@ -629,16 +548,20 @@ class Storage:
         return stored if is_hex and len(stored) <= 64 else ""
 
     def write_fingerprint(self, fingerprint: str) -> None:
-        """Store a fingerprint unless a valid one is there. Raise OSError."""
-        is_damaged = os.path.lexists(self.fingerprint_path) and not self.read_fingerprint()
-        place = os.replace if is_damaged else link_file
-        write_file(self.fingerprint_path, fingerprint.encode(), place)
+        """Store a fingerprint, if the disk can be written and no valid one is there."""
+        data = fingerprint.encode()
+        try:
+            write_file(self.fingerprint_path, data, link_file)
+        except FileExistsError:
+            # Of many first writers another one won, or what is there is damaged.
+            if not self.read_fingerprint():
+                write_file(self.fingerprint_path, data)
 
     def describe_backoff(self, url: str) -> str:
         """Return how long a back-off for url still takes, and why; "" where there is none."""
         try:
             modified = os.stat(self.backoff_path).st_mtime
-            text = read_file(self.backoff_path, MAX_BODY_BYTES).decode()
+            text = read_file(self.backoff_path, 4096).decode()
         except (OSError, ValueError):
             return ""
         age = time.time() - modified
@@ -647,23 +570,12 @@ class Storage:
             return ""
         return f"{int(BACKOFF_SECONDS - age) + 1} s more: {make_printable(reason)}"
 
-    def check_backoff(self, url: str) -> None:
-        """Raise NotSent while a back-off for url runs."""
-        backoff = self.describe_backoff(url)
-        if backoff:
-            raise NotSent(f"back-off for {backoff}")
-
-    def begin_backoff(self, url: str, reason: str) -> None:
+    def write_backoff(self, url: str, reason: str) -> None:
         """Begin ten minutes in which nothing is sent to url, if the disk can be written."""
         try:
             write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
         except OSError:
             pass
-
-    def heed_status(self, url: str, status: int) -> None:
-        """Begin a back-off where the collector asks for one."""
-        if status in (429, 503):
-            self.begin_backoff(url, f"the collector answered HTTP {status}")
 
 
 # The client: one HTTP request to one collector
@@ -682,6 +594,7 @@ class OtlpClient:
         """Return a request that names each header that will be on the wire."""
         import urllib.request
 
+        # Of two that are spelled alike but for capitals the later one counts.
         headers = {
             "Accept-Encoding": "identity",
             **self.headers,
@@ -693,130 +606,22 @@ class OtlpClient:
         }
         return urllib.request.Request(self.url, body, headers, method="POST")
 
-    def post(self, body: bytes, deadline: float, is_prepared: "threading.Event") -> "HTTPResponse":
-        """Return the response, whatever its status; `deadline` is one of the monotonic clock.
+    def build_opener(self) -> "urllib.request.OpenerDirector":
+        """Return an opener for http and https. Raise ImportError, OSError.
 
-        The event is set while there is only the network to wait for. Raise OSError, ValueError,
-        http.client.HTTPException.
+        The default one follows redirects, opens files, and raises for a status of 400 and more.
         """
-        request = self.build_request(body)
-        if not needs_tls(self.url):
-            is_prepared.set()
-            return open_request(request, None, deadline)
-        import ssl
-        import urllib.error
+        import urllib.request
 
-        directory = find_hashed_directory()
-        if directory is not None:
-            context = ssl.create_default_context(capath=directory)
-            is_prepared.set()
-            try:
-                return open_request(request, context, deadline)
-            except urllib.error.URLError as error:
-                # The bundle may know an authority that the directory does not.
-                if not isinstance(error.reason, ssl.SSLCertVerificationError):
-                    raise
-            is_prepared.clear()
-        context = ssl.create_default_context()
-        is_prepared.set()
-        return open_request(request, context, deadline)
-
-
-def needs_tls(url: str) -> bool:
-    """Return whether the collector, or the proxy on the way to it, speaks TLS."""
-    proxy = find_proxies().get("http", "")
-    return url.startswith("https:") or proxy.lower().startswith("https:")
-
-
-def find_hashed_directory() -> "str | None":
-    """Return the system's directory of authorities with hashed names, None where there is none.
-
-    OpenSSL reads the one authority that it needs; to parse a bundle of all takes 25 ms.
-    """
-    import ssl
-
-    paths = ssl.get_default_verify_paths()
-    # A bundle that the variable SSL_CERT_FILE names goes first.
-    if not paths.capath or os.environ.get(paths.openssl_cafile_env):
-        return None
-    names = os.listdir(paths.capath)
-    return paths.capath if any(name.endswith(".0") for name in names) else None
-
-
-def open_request(
-    request: "urllib.request.Request", context: "ssl.SSLContext | None", deadline: float
-) -> "HTTPResponse":
-    import urllib.request
-
-    # The default opener follows redirects, opens files, and raises for a status of 400 and more.
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.ProxyHandler(find_proxies()))
-    opener.add_handler(urllib.request.UnknownHandler())
-    for handler in make_handlers(context, deadline):
-        opener.add_handler(handler)
-    remaining = max(deadline - time.monotonic(), 0.001)
-    response: HTTPResponse = opener.open(request, timeout=remaining)
-    return response
-
-
-def make_handlers(
-    context: "ssl.SSLContext | None", deadline: float
-) -> "list[urllib.request.BaseHandler]":
-    """Return handlers for http and, with a context, https.
-
-    They are those of urllib, with two differences: a response heeds the deadline, and no connection
-    takes the place of a standard stream.
-    """
-    import http.client
-    import io
-    import urllib.request
-
-    class Stream(io.RawIOBase):
-        """The bytes of a socket, whose own timeout would begin anew with each of them."""
-
-        def __init__(self, sock: "socket.socket", file: "io.BufferedReader") -> None:
-            self.sock = sock
-            self.file = file
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: "Any") -> "int | None":
-            self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            return self.file.raw.readinto(buffer)
-
-    class Response(http.client.HTTPResponse):
-        def __init__(self, sock: "socket.socket", *arguments: "Any", **options: "Any") -> None:
-            super().__init__(sock, *arguments, **options)
-            self.fp = io.BufferedReader(Stream(sock, self.fp))
-
-    class Connection(http.client.HTTPConnection):
-        response_class = Response
-
-        def connect(self) -> None:
-            super().connect()
-            # The host may have closed a standard stream while the name was looked up.
-            if self.sock.fileno() <= 2:
-                raise NotSent("a standard stream was closed")
-
-    class Handler(urllib.request.HTTPHandler):
-        def http_open(self, req: urllib.request.Request) -> "HTTPResponse":
-            return self.do_open(Connection, req)
-
-    # 0, for a debug level that the host has set would print the request.
-    handlers: list[urllib.request.BaseHandler] = [Handler(debuglevel=0)]
-    if context is None:
-        return handlers
-
-    class TlsConnection(http.client.HTTPSConnection, Connection):
-        """Connects as Connection does, and then begins TLS."""
-
-    class TlsHandler(urllib.request.HTTPSHandler):
-        def https_open(self, req: urllib.request.Request) -> "HTTPResponse":
-            return self.do_open(TlsConnection, req, context=context)
-
-    handlers.append(TlsHandler(debuglevel=0, context=context))
-    return handlers
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(urllib.request.ProxyHandler(find_proxies()))
+        opener.add_handler(urllib.request.UnknownHandler())
+        # 0, for a debug level that the host has set would print the request.
+        opener.add_handler(urllib.request.HTTPHandler(debuglevel=0))
+        if self.url.startswith("https:"):
+            context = make_tls_context()
+            opener.add_handler(urllib.request.HTTPSHandler(debuglevel=0, context=context))
+        return opener
 
 
 def find_proxies() -> "dict[str, str]":
@@ -828,13 +633,28 @@ def find_proxies() -> "dict[str, str]":
     return urllib.request.getproxies()
 
 
+def make_tls_context() -> "SSLContext":
+    """Return a context that verifies with the authorities of the system."""
+    import ssl
+
+    paths = ssl.get_default_verify_paths()
+    # A bundle that the variable SSL_CERT_FILE names goes first.
+    if not paths.capath or os.environ.get(paths.openssl_cafile_env):
+        return ssl.create_default_context()
+    # From a directory of hashed names OpenSSL reads the one authority that it needs. To parse a
+    # bundle of all takes 25 ms.
+    if any(name.endswith(".0") for name in os.listdir(paths.capath)):
+        return ssl.create_default_context(capath=paths.capath)
+    return ssl.create_default_context()
+
+
 def configure_client(
     settings: Settings, config: TelemetryConfig, requested: "str | None" = None
 ) -> OtlpClient:
     """Return the client for the requested endpoint, else that of the environment, of config.toml,
     of the tool. An empty one counts, too: it means nowhere. Raise NotSent, InvalidSetting."""
     variable = f"{settings.environment}_ENDPOINT"
-    headers = select_headers(config.otlp_headers)
+    headers = config.otlp_headers
     if requested is not None:
         base, source = requested, "--endpoint"
     elif variable in os.environ:
@@ -844,7 +664,7 @@ def configure_client(
     else:
         base, source = settings.endpoint, "endpoint of the tool"
         # The headers of the tool go to its own endpoint alone.
-        headers = select_headers(settings.headers or {}) | headers
+        headers = (settings.headers or {}) | headers
     if not base:
         raise NotSent(f"there is no endpoint: {source} is empty")
     return OtlpClient(parse_endpoint(base, source), headers, config.timeout_ms / 1000)
@@ -857,9 +677,31 @@ def check_first_run(settings: Settings, storage: Storage) -> None:
     """Raise NotSent where config.toml, which is missing, may not or cannot be created."""
     if settings.opt_in:
         raise NotSent(f"it is opt-in, and {storage.config_path} does not exist")
-    if os.environ.get("CI", "").lower() not in FALSE_WORDS:
+    if is_set("CI"):
         raise NotSent(f"CI is set, and {storage.config_path} does not exist")
     check_creatable(storage.config_path)
+
+
+def create_config(settings: Settings, storage: Storage, url: str) -> bytes:
+    """Create config.toml, show the notice, and return what the file says by then.
+
+    Raise NotSent, OSError.
+    """
+    make_directory(storage.directory)
+    try:
+        write_file(storage.config_path, NEW_CONFIG, link_file)
+    except FileExistsError:
+        # Another process has just created it: a first run, which tells, or a `disable`.
+        return storage.read_config() or b""
+    try:
+        write_stderr(format_notice(settings, storage, url))
+    except BaseException:
+        # The notice was not shown, so the file is taken back, unless somebody has changed it; also
+        # after a Ctrl-C.
+        if storage.read_config() == NEW_CONFIG:
+            delete_file(storage.config_path)
+        raise
+    return storage.read_config() or b""
 
 
 def format_notice(settings: Settings, storage: Storage, url: str) -> str:
@@ -883,149 +725,7 @@ def format_notice(settings: Settings, storage: Storage, url: str) -> str:
     return "\n".join(lines)
 
 
-def run_first(settings: Settings, storage: Storage, url: str) -> bytes:
-    """Create config.toml, show the notice, and return the config. Raise NotSent, OSError."""
-    make_directory(storage.directory)
-    try:
-        write_file(storage.config_path, NEW_CONFIG, link_file)
-        write_stderr(format_notice(settings, storage, url))
-    except FileExistsError:
-        # Another process created it at the same moment, and shows the notice.
-        return storage.read_config() or b""
-    except BaseException:
-        # The notice was not shown, so the file is taken back; also after a Ctrl-C.
-        if storage.read_config() == NEW_CONFIG:
-            delete_file(storage.config_path)
-        raise
-    return NEW_CONFIG
-
-
-# The thread: one delivery, from the call of the tool to the response
-
-
-class Call:
-    """One call of track_command_execution: what is counted for whom, and when it was made, in
-    Unix nanoseconds and in seconds of the monotonic clock."""
-
-    def __init__(self, settings: Settings, command: str) -> None:
-        self.settings = settings
-        self.command = command
-        self.time_ns = time.time_ns()
-        self.moment = time.monotonic()
-
-
-class Delivery:
-    """One data point on its way to the collector, with a thread of its own."""
-
-    def __init__(
-        self, session: "Session", call: Call, storage: Storage, config_data: bytes
-    ) -> None:
-        import threading
-
-        self.session = session
-        self.call = call
-        self.storage = storage
-        self.config_data = config_data
-        # Set where the network begins.
-        self.client: OtlpClient | None = None
-        # Until the config is parsed.
-        self.deadline = call.moment + DEFAULT_TIMEOUT_MS / 1000
-        # Set when all is imported and prepared: from here on, there is only the network.
-        self.is_prepared = threading.Event()
-        self.caller_id = threading.get_native_id()
-        self.thread = threading.Thread(target=self.run, name="telemetry", daemon=True)
-
-    def run(self) -> None:
-        # So the caller goes on at once, and not after the interpreter's switch interval of 5 ms.
-        time.sleep(0.001)
-        try:
-            block_signals(self.caller_id)
-            client, body = self.prepare()
-            self.send(client, body)
-        except Exception:
-            # The host learns of no failure; `track` shows it to the person who asks.
-            pass
-        finally:
-            self.is_prepared.set()
-            self.session.deliveries.discard(self)
-
-    def prepare(self) -> "tuple[OtlpClient, bytes]":
-        """Do all but the network. Raise NotSent, ImportError."""
-        import_modules("re", "urllib.parse")
-        if self.config_data != NEW_CONFIG:
-            import_modules("tomllib")
-        try:
-            config = parse_config(self.config_data)
-            check_enabled(config)
-            client = configure_client(self.call.settings, config)
-        except InvalidSetting as error:
-            self.session.warn(error)
-            raise
-        self.deadline = self.call.moment + client.timeout
-        self.storage.check_backoff(client.url)
-        import_network(client.url)
-        fingerprint = self.session.identify(self.storage)
-        body = self.session.encode(self.call, fingerprint)
-        self.client = client
-        return client, body
-
-    def send(self, client: OtlpClient, body: bytes) -> None:
-        """Post the data point. Raise NotSent, and what OtlpClient.post raises."""
-        # The host may have become a daemon by now.
-        check_streams()
-        with client.post(body, self.deadline, self.is_prepared) as response:
-            self.storage.heed_status(client.url, response.status)
-            response.read1(MAX_BODY_BYTES)
-
-    def remaining(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def wait(self) -> float:
-        """Wait for the end, not past the deadline. Return the seconds waited for the network."""
-        self.is_prepared.wait(self.remaining())
-        began = time.monotonic()
-        while self.thread.is_alive() and self.remaining() > 0:
-            self.thread.join(min(WAIT_SECONDS, self.remaining()))
-        return time.monotonic() - began
-
-
-def block_signals(caller_id: int) -> None:
-    """Leave the signals to the threads of the host."""
-    import_modules("signal")
-    import signal
-    import threading
-
-    # With gevent and eventlet this is the caller's own thread.
-    if threading.get_native_id() == caller_id:
-        return
-    if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-
-
-def import_modules(*names: str) -> None:
-    """Import what is used later; from then on an `import` only looks it up. Raise ImportError."""
-    from importlib import import_module
-
-    for name in names:
-        try:
-            import_module(name)
-        except (ImportError, AttributeError):
-            # Of two threads that import the same modules one can meet a half-made one.
-            import_module(name)
-
-
-def import_network(url: str) -> None:
-    """Import what encoding and sending use, which takes 30 ms. Raise ImportError."""
-    # A look-up encodes the name of the host.
-    import_modules("json", "hashlib", "socket", "encodings.idna", "urllib.request")
-    if needs_tls(url):
-        import_modules("ssl")
-    # The proxies of the system.
-    if sys.platform == "win32":
-        import_modules("winreg")
-
-
-# The session: what all deliveries of a process share
+# The session: what all deliveries of a process share, and its hooks for forks and the end
 
 
 class Session:
@@ -1034,7 +734,8 @@ class Session:
     def __init__(self) -> None:
         import threading
 
-        # Python 3.13.0 breaks it where two threads import it at once, as a delivery and a host may.
+        # Python 3.13.0 breaks collections.abc where two threads import it at once, as a delivery
+        # and a host may.
         if sys.version_info[:3] == (3, 13, 0):
             import collections.abc  # noqa: F401
 
@@ -1045,52 +746,39 @@ class Session:
         self.fingerprint = ""
         self.has_warned = False
 
-    def start(self, delivery: Delivery) -> None:
-        """Start the delivery's thread. Raise NotSent; RuntimeError where threads cannot start."""
-        with self.lock:
-            if len(self.deliveries) >= MAX_DELIVERIES:
-                raise NotSent(f"{MAX_DELIVERIES} deliveries are under way")
-            try:
-                # Before the start, which a signal handler that tracks may interrupt.
-                self.deliveries.add(delivery)
-                delivery.thread.start()
-            except BaseException:
-                # Threads cannot start, or a signal handler of the host's has raised.
-                if not delivery.thread.is_alive():
-                    self.deliveries.discard(delivery)
-                raise
+    def make_interval(self, start: int) -> "tuple[int, int]":
+        """Return the start and the end of an interval, in Unix nanoseconds.
 
-    def encode(self, call: Call, fingerprint: str) -> bytes:
-        """Return the body, whose interval begins after that of the last point."""
+        It starts where the last one ended, if that is later, and takes a millisecond at least.
+        """
         with self.lock:
-            start = max(call.time_ns, self.interval_end)
-            end = max(time.time_ns(), start + MIN_INTERVAL_NS)
-            self.interval_end = end
-        metric = CommandMetric(call.settings.metric_name, call.command, start, end)
-        return metric.encode(describe_resource(call.settings, fingerprint))
+            start = max(start, self.interval_end)
+            self.interval_end = max(time.time_ns(), start + MIN_INTERVAL_NS)
+            return start, self.interval_end
 
-    def identify(self, storage: Storage) -> str:
-        """Return the stored fingerprint, made where there is none, or one of this process."""
+    def propose_fingerprint(self) -> str:
+        """Return the fingerprint that this process would store."""
+        # Without the lock: a host could wait for it in the middle of the same imports.
+        if not self.fingerprint:
+            self.fingerprint = make_fingerprint()
+        return self.fingerprint
+
+    def identify(self, storage: Storage, may_create: bool) -> str:
+        """Return the stored fingerprint, else one of this process, which is stored if it may be."""
         stored = storage.read_fingerprint()
         if stored:
             return stored
         proposed = self.propose_fingerprint()
+        if not may_create:
+            return proposed
         try:
             storage.write_fingerprint(proposed)
         except OSError:
-            # Of many first writers another one won, or the disk cannot be written.
-            pass
-        stored = storage.read_fingerprint()
-        if stored:
-            # Forget it: after a `reset`, this process proposes a new one.
-            self.fingerprint = ""
-        return stored or proposed
-
-    def propose_fingerprint(self) -> str:
-        """Return the fingerprint that this process would store."""
-        with self.lock:
-            self.fingerprint = self.fingerprint or make_fingerprint()
-            return self.fingerprint
+            # The disk cannot be written.
+            return proposed
+        # Forget it: after a `reset`, this process proposes a new one.
+        self.fingerprint = ""
+        return storage.read_fingerprint() or proposed
 
     def warn(self, error: InvalidSetting) -> None:
         """Log, once, an invalid setting that a delivery has found, if the host uses logging."""
@@ -1104,226 +792,262 @@ class Session:
         logger.warning("telemetry is off: %s", error)
 
     def close(self) -> None:
-        """Wait for each delivery; begin a back-off where the process waits long in all."""
+        """Wait for each delivery; begin a back-off where the process waits long in total."""
         waited = 0.0
         for delivery in list(self.deliveries):
-            waited += delivery.wait()
-            client = delivery.client
-            if client is not None and waited > client.timeout / 2:
-                reason = f"a command waited {waited:.1f} s for the network"
-                delivery.storage.begin_backoff(client.url, reason)
-
-    def wait_for_imports(self) -> None:
-        """Wait, half a second at most, until no delivery imports any more: an import that a fork
-        or the end of the process cuts off leaves a lock for which others would wait for ever."""
-        deadline = time.monotonic() + MAX_IMPORT_SECONDS
-        for delivery in list(self.deliveries):
-            delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
-
-
-# The process: its one session, and its hooks for forks and the end
+            try:
+                delivery.wait()
+            finally:
+                # Also where a Ctrl-C has ended the wait.
+                waited += delivery.waited
+                if waited > delivery.client.timeout / 2:
+                    reason = f"a command waited {waited:.1f} s for the network"
+                    delivery.storage.write_backoff(delivery.client.url, reason)
 
 
 current_session: "Session | None" = None
-has_hooks = False
 
 
 def get_session() -> Session:
-    """Return the session of this process; a forked child makes its own."""
+    """Return the session of this process, whose hooks are registered once."""
     global current_session
     if current_session is None:
-        session = Session()
-        register_hooks()
-        # Another thread may have been quicker.
-        if current_session is None:
-            current_session = session
+        import atexit
+
+        current_session = Session()
+        atexit.register(close_session)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=wait_for_imports, after_in_child=renew_session)
     return current_session
 
 
-def register_hooks() -> None:
-    global has_hooks
-    if has_hooks:
-        return
-    import atexit
-
-    atexit.register(close_session)
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=wait_for_imports, after_in_child=forget_session)
-    has_hooks = True
+def renew_session() -> None:
+    """Give a forked child a session of its own."""
+    global current_session
+    current_session = Session()
 
 
 def wait_for_imports() -> None:
-    """Wait before a fork, before the end, and before the command line imports the same modules."""
+    """Wait, half a second at most, until no delivery imports any more: an import that a fork or the
+    end of the process cuts off leaves a lock for which others would wait for ever."""
+    deadline = time.monotonic() + MAX_IMPORT_SECONDS
     try:
-        if current_session is not None:
-            current_session.wait_for_imports()
+        for delivery in list(get_session().deliveries):
+            delivery.is_prepared.wait(max(deadline - time.monotonic(), 0))
     except BaseException:
         # What a signal handler raises ends the wait. From a hook, Python would only print it.
         pass
 
 
-def forget_session() -> None:
-    global current_session
-    current_session = None
-
-
-def flush_output() -> None:
-    """Flush, so that who reads the host's pipes has all of the output before the wait."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:
-            # It may be None, closed, or of a class of the host's own.
-            pass
-
-
 def close_session() -> None:
     """Wait at exit for the deliveries under way."""
-    if current_session is None:
-        return
     try:
-        flush_output()
-        current_session.close()
+        # So that whoever reads the host's pipes has all of its output before the wait.
+        flush(sys.stdout)
+        flush(sys.stderr)
+        get_session().close()
     except BaseException:
         # What a signal handler raises ends the wait. Python would print it, and any failure.
         pass
     wait_for_imports()
-    repeat_interrupt()
 
 
-def repeat_interrupt() -> None:
-    """Let a host that dies of a Ctrl-C die by SIGINT, as a shell expects.
-
-    Python notes how it ends, and forgets it where any thread runs code from a string, as some
-    imports of a delivery do.
-    """
-    traceback = getattr(sys, "last_traceback", None)
-    # What ended the main script has no caller; what a shell within the host has shown has one.
-    if traceback is None or traceback.tb_frame.f_back is not None or hasattr(sys, "ps1"):
-        return
-    if sys.last_type is KeyboardInterrupt:
-        try:
-            # Python notes it for code from a string, too.
-            exec("raise KeyboardInterrupt")  # noqa: S102
-        except KeyboardInterrupt:
-            pass
-
-
-# The start of a delivery: the checks before its thread, also for those who only look
-
-
-def check_call(call: Call) -> None:
-    """Raise NotSent where nothing is sent, whatever config.toml says."""
-    check_settings(call.settings)
-    check_opt_out(call.settings)
-    check_streams()
-    check_command(call.command, call.settings.commands)
-
-
-def start_delivery(call: Call) -> "threading.Thread":
-    """Start the thread that delivers; on the first run of the tool, create its config.
-
-    Raise NotSent, OSError, RuntimeError.
-    """
-    settings = call.settings
-    check_call(call)
-    storage = Storage(find_directory(settings))
-    found = storage.read_config()
-    config_data = NEW_CONFIG if found is None else found
-    check_unparsed(settings, config_data)
-    check_owner(storage.config_path)
-    check_ending()
-    if found is None:
-        check_first_run(settings, storage)
-        client = configure_client(settings, TelemetryConfig({}))
-        config_data = run_first(settings, storage, client.url)
-    session = get_session()
-    delivery = Delivery(session, call, storage, config_data)
-    session.start(delivery)
-    return delivery.thread
-
-
-def check_unparsed(settings: Settings, config_data: bytes) -> None:
-    """Raise NotSent where no parser is needed to know that nothing is sent."""
-    if b"true" not in config_data:
-        raise NotSent("config.toml does not say enabled = true")
-    if not may_have_endpoint(settings, config_data):
-        raise NotSent("there is no endpoint")
-
-
-def may_have_endpoint(settings: Settings, config_data: bytes) -> bool:
-    variable = f"{settings.environment}_ENDPOINT"
-    if variable in os.environ:
-        return os.environ[variable] != ""
-    if settings.endpoint != "":
-        return True
-    # The comment in NEW_CONFIG sets no endpoint. A quoted key may be spelled with backslashes.
-    text = config_data.replace(b"# otlp_endpoint", b"")
-    return b"endpoint" in text or b"\\" in text
-
-
-def check_ending() -> None:
-    """Raise NotSent in an exit hook: the process would end beside the new thread."""
-    threading = sys.modules.get("threading")
-    if threading is None:
-        return
-    # By then the main thread, in which the hooks run, counts as ended.
-    main_thread = threading.main_thread()
-    if threading.current_thread() is main_thread and not main_thread.is_alive():
-        raise NotSent("the process is ending")
-
-
-def plan_delivery(call: Call, requested: "str | None" = None) -> OtlpClient:
-    """Return the client that start_delivery would send with, without making anything.
-
-    `requested` is an endpoint in place of the configured one. Raise NotSent, ImportError.
-    """
-    settings = call.settings
-    check_call(call)
-    storage = Storage(find_directory(settings))
-    check_owner(storage.config_path)
-    found = storage.read_config()
-    if found is None:
-        check_first_run(settings, storage)
-        found = NEW_CONFIG
-    config = parse_config(found)
-    check_enabled(config)
-    client = configure_client(settings, config, requested)
-    import_network(client.url)
-    return client
-
-
-def find_fingerprint(settings: Settings) -> str:
-    """Return the stored fingerprint, else the one that the next send of this process stores."""
+def flush(stream: "Any") -> None:
     try:
-        check_settings(settings)
-        stored = Storage(find_directory(settings)).read_fingerprint()
-    except NotSent:
-        stored = ""
-    return stored or get_session().propose_fingerprint()
+        stream.flush()
+    except Exception:
+        # It may be None, closed, or of a class of the host's own.
+        pass
 
 
-def format_preview(call: Call, client: OtlpClient) -> str:
+# A delivery: one data point, from the call to the response
+
+
+class Delivery:
+    """One data point on its way to the collector, in three steps: check(), prepare(), send().
+
+    A host starts a thread after the first. `status` and `preview` take the first two, with
+    `may_create` False. `requested` is an endpoint in place of the configured one.
+    """
+
+    # Set by check().
+    storage: Storage
+    config_data: bytes
+    # Set by prepare().
+    body: bytes
+    request: "urllib.request.Request"
+    opener: "urllib.request.OpenerDirector"
+    # Set by start(). The event: prepare() has ended, and there is only the network to wait for.
+    is_prepared: "threading.Event"
+    thread: "threading.Thread"
+
+    def __init__(
+        self,
+        settings: Settings,
+        command: str,
+        requested: "str | None" = None,
+        may_create: bool = True,
+    ) -> None:
+        self.settings = settings
+        self.command = command
+        self.requested = requested
+        self.may_create = may_create
+        # When the call was made, in Unix nanoseconds and in seconds of the monotonic clock.
+        self.time_ns = time.time_ns()
+        self.moment = time.monotonic()
+        # Nowhere, until the config is parsed.
+        self.client = OtlpClient("", {}, DEFAULT_TIMEOUT_MS / 1000)
+        # What came of it, and the seconds that the process has waited for the network.
+        self.response: HTTPResponse | None = None
+        self.reply: bytes | None = None
+        self.failure: Exception | None = None
+        self.waited = 0.0
+
+    def check(self) -> None:
+        """Check all that needs no parser; on the first run of the tool, create its config.
+
+        Raise NotSent, OSError.
+        """
+        check_settings(self.settings)
+        check_opt_out(self.settings)
+        check_streams()
+        check_command(self.command, self.settings.commands)
+        self.storage = Storage(self.settings)
+        found = self.storage.read_config()
+        if found is None:
+            check_first_run(self.settings, self.storage)
+            client = configure_client(self.settings, TelemetryConfig({}), self.requested)
+            found = NEW_CONFIG
+            if self.may_create:
+                found = create_config(self.settings, self.storage, client.url)
+        self.config_data = found
+
+    def start(self) -> "threading.Thread":
+        """Start the thread that does the rest. Raise NotSent; RuntimeError where none can start."""
+        import threading
+
+        self.is_prepared = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="telemetry", daemon=True)
+        session = get_session()
+        with session.lock:
+            if len(session.deliveries) >= MAX_DELIVERIES:
+                raise NotSent(f"{MAX_DELIVERIES} deliveries are under way")
+            session.deliveries.add(self)
+        try:
+            self.thread.start()
+        except BaseException:
+            # Threads cannot start, or a signal handler of the host's has raised.
+            session.deliveries.discard(self)
+            raise
+        return self.thread
+
+    def run(self) -> None:
+        # So the caller goes on at once, and not after the interpreter's switch interval of 5 ms.
+        time.sleep(0.001)
+        session = get_session()
+        try:
+            try:
+                self.prepare()
+            except InvalidSetting as error:
+                session.warn(error)
+                raise
+            except (ImportError, AttributeError):
+                # Of two threads that import the same modules one can meet a half-made one.
+                self.prepare()
+            self.check_backoff()
+            self.is_prepared.set()
+            self.send()
+        except Exception as error:
+            # The host learns of no failure; `track` shows it to the person who asks.
+            self.failure = error
+        finally:
+            self.is_prepared.set()
+            session.deliveries.discard(self)
+
+    def prepare(self) -> None:
+        """Do all but the network. Raise NotSent, ImportError, OSError."""
+        # A look-up of a host name would import it while sending.
+        import encodings.idna  # noqa: F401
+
+        config = parse_config(self.config_data)
+        check_enabled(config)
+        self.client = configure_client(self.settings, config, self.requested)
+        session = get_session()
+        resource = {
+            "service.name": self.settings.service_name,
+            "service.version": self.settings.service_version,
+            "user.fingerprint": session.identify(self.storage, self.may_create),
+        }
+        start, end = session.make_interval(self.time_ns)
+        metric = CommandMetric(self.settings.metric_name, self.command, start, end)
+        self.body = metric.encode(resource)
+        self.request = self.client.build_request(self.body)
+        self.opener = self.client.build_opener()
+
+    def check_backoff(self) -> None:
+        """Raise NotSent while a back-off for the collector runs."""
+        backoff = self.storage.describe_backoff(self.client.url)
+        if backoff:
+            raise NotSent(f"back-off for {backoff}")
+
+    def send(self) -> None:
+        """Post the data point, and keep the response. Raise what urllib raises, and NotSent."""
+        # The host may have become a daemon by now.
+        check_streams()
+        timeout = max(self.measure_remaining(), 0.001)
+        with self.opener.open(self.request, timeout=timeout) as response:
+            self.response = response
+            if response.status in (429, 503):
+                reason = f"the collector answered HTTP {response.status}"
+                self.storage.write_backoff(self.client.url, reason)
+            self.reply = response.read1(MAX_REPLY_BYTES)
+
+    def measure_remaining(self) -> float:
+        """Return the seconds until the deadline."""
+        return self.moment + self.client.timeout - time.monotonic()
+
+    def wait(self) -> None:
+        """Wait for the end, not past the deadline."""
+        while not self.is_prepared.is_set() and self.measure_remaining() > 0:
+            self.is_prepared.wait(min(WAIT_SECONDS, self.measure_remaining()))
+        began = time.monotonic()
+        try:
+            while self.thread.is_alive() and self.measure_remaining() > 0:
+                self.thread.join(min(WAIT_SECONDS, self.measure_remaining()))
+        finally:
+            self.waited = time.monotonic() - began
+
+
+def plan_delivery(settings: Settings, command: str) -> Delivery:
+    """Return a delivery that is ready to be sent, without making anything.
+
+    Raise NotSent, ImportError, OSError.
+    """
+    delivery = Delivery(settings, command, may_create=False)
+    delivery.check()
+    delivery.prepare()
+    return delivery
+
+
+def explain_delivery(settings: Settings, command: str) -> str:
+    """Return the request that would be sent, or why none would."""
+    try:
+        delivery = plan_delivery(settings, command)
+        delivery.check_backoff()
+    except (NotSent, ImportError, OSError) as error:
+        return f"{settings.service_name}: telemetry is off: {describe_error(error)}"
+    return f"{settings.service_name}: telemetry would send\n{format_request(delivery)}"
+
+
+def format_request(delivery: Delivery) -> str:
     """Return the request as on the wire, the values of the added headers hidden."""
-    body = get_session().encode(call, find_fingerprint(call.settings))
-    request = client.build_request(body)
-    hidden = [name.lower() for name in client.headers]
+    client = delivery.client
+    hidden = dict.fromkeys(client.headers, "(hidden)")
+    request = OtlpClient(client.url, hidden, client.timeout).build_request(delivery.body)
     lines = [f"POST {request.selector} HTTP/1.1"]
     for name, value in request.header_items():
-        shown = "(hidden)" if name.lower() in hidden else value
-        lines.append(f"{name.title()}: {shown}")
-    return "\n".join([*lines, "", body.decode()])
-
-
-def explain_delivery(call: Call) -> str:
-    """Return what would be sent, or why nothing would."""
-    tool = describe_tool(call.settings)
-    try:
-        client = plan_delivery(call)
-        Storage(find_directory(call.settings)).check_backoff(client.url)
-    except (NotSent, ImportError, OSError) as error:
-        return f"{tool}: telemetry is off: {describe_error(error)}"
-    return f"{tool}: telemetry would send\n{format_preview(call, client)}"
+        lines.append(f"{name.title()}: {value}")
+    return "\n".join([*lines, "", delivery.body.decode()])
 
 
 # What a tool calls: the public functions
@@ -1332,41 +1056,45 @@ def explain_delivery(call: Call) -> str:
 current_settings = Settings()
 
 
-def is_debugging(settings: Settings) -> bool:
-    return os.environ.get(f"{settings.environment}_DEBUG", "").lower() not in FALSE_WORDS
-
-
 def track_command_execution(name: str) -> "threading.Thread | None":
     """Count one run of the command `name`, which is `[A-Za-z][A-Za-z0-9_-]{0,63}`.
 
     Returns the daemon thread that delivers it, None where nothing will be sent. Raises nothing.
     At exit the process waits for what is left of `timeout_ms` since the call.
     """
-    # A host that has not imported it has no signal handlers.
+    # Called by a late destructor: the interpreter has cleared this module, or starts no thread.
+    if sys is None or sys.is_finalizing():
+        return None
+    # A host that has not imported it has no handlers of its own.
     signal: Any = sys.modules.get("signal")
     if not hasattr(signal, "pthread_sigmask"):
-        return try_to_start(name)
-    # What a handler raises is not ours to catch, so it runs before or after; unless another thread
-    # of the host takes the signal.
+        return start_delivery(name)
+    # What a handler raises is not ours to catch, so it runs before or after. The mask is asked for
+    # before it is set, for a handler may run at once.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        # The standard signals; valid_signals() takes long.
+        # The standard signals; valid_signals() takes long. The thread inherits the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
-        return try_to_start(name)
+        return start_delivery(name)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def try_to_start(command: str) -> "threading.Thread | None":
+def start_delivery(command: str) -> "threading.Thread | None":
     """Start the delivery of a command, or explain it; None where nothing will be sent."""
+    settings = current_settings
     try:
-        call = Call(current_settings, command)
-        if is_debugging(call.settings):
-            write_stderr(explain_delivery(call))
+        if is_set(f"{settings.environment}_DEBUG"):
+            write_stderr(explain_delivery(settings, command))
             return None
-        return start_delivery(call)
+        delivery = Delivery(settings, command)
+        delivery.check()
+        # No parser is needed to know that it does not say enabled = true.
+        if b"true" not in delivery.config_data:
+            return None
+        return delivery.start()
     except Exception:
-        # No failure reaches the host. At its end the interpreter may have cleared this module.
+        # No failure reaches the host.
         return None
 
 
@@ -1397,106 +1125,92 @@ def initialize_telemetry(
     settings.service_version = service_version
     settings.endpoint = endpoint
     settings.metric_name = f"{slug}_command_invocation" if metric_name is None else metric_name
+    settings.directory = choose_directory(slug) if directory is None else directory
     settings.environment = f"{slug.upper()}_TELEMETRY" if environment is None else environment
     settings.prog = "" if prog is None else prog
     settings.commands = commands
     settings.headers = headers
     settings.docs_url = "" if docs_url is None else docs_url
     settings.opt_in = opt_in
-    settings.directory = choose_directory(slug) if directory is None else find_path(directory)
     current_settings = settings
 
 
 def make_slug(service_name: str) -> str:
     """Return ASCII letters and digits in lower case, all else as `_`."""
-    if not isinstance(service_name, str):
-        return "_"
-    return "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in service_name)
-
-
-def find_path(directory: "Any") -> "Any":
-    """Return a path as text; what is none stays as it is, for check_settings to find."""
-    try:
-        return os.fspath(directory)
-    except Exception:
-        return directory
+    # A name may be of another type by mistake.
+    text = str(service_name)
+    return "".join(c.lower() if c.isascii() and c.isalnum() else "_" for c in text)
 
 
 def choose_directory(slug: str) -> str:
     """Return the directory of a tool that names none."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
-    if os.path.isabs(base):
-        return f"{base}/{slug}/telemetry"
-    path = f"~/.config/{slug}/telemetry"
-    # Version 2 kept it there on Windows, too. Use it on, so that who turned it off stays off.
-    if os.name == "nt" and not os.path.isdir(os.path.expanduser(path)):
-        base = os.environ.get("APPDATA") or "~/AppData/Roaming"
-        path = f"{base}/{slug}/telemetry"
-    return path
+    if not os.path.isabs(base):
+        base = "~/.config"
+        if os.name == "nt":
+            base = os.environ.get("APPDATA") or "~/AppData/Roaming"
+    return f"{base}/{slug}/telemetry"
 
 
 def get_user_fingerprint() -> str:
     """Return the stored fingerprint, 1 to 64 hex digits, else the one that the next send stores."""
-    return find_fingerprint(current_settings)
+    try:
+        storage = Storage(current_settings)
+    except (NotSent, OSError):
+        return get_session().propose_fingerprint()
+    return get_session().identify(storage, may_create=False)
 
 
-# The command line: from here on, nothing runs inside a host tool
+# The command line: main(), and what runs only where a person asks for it
 
 
 def show(text: str) -> None:
-    """Print text. Raise OSError."""
-    print(escape(text))
-
-
-def escape(text: str) -> str:
-    """Return text with what the encoding of standard output lacks as backslash escapes."""
+    """Print text, with what the encoding of standard output lacks as backslash escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def show_error(text: str) -> None:
-    # Without standard error, print would write to standard output.
-    if sys.stderr is None:
-        return
     try:
-        print(text, file=sys.stderr)
+        write_stderr(text)
     except (OSError, ValueError):
         # It is closed, and there is no other place.
         pass
 
 
-def get_sample_command(settings: Settings) -> str:
-    """Return a command that can be counted."""
-    names = sorted(filter(is_command_name, settings.commands or ()))
-    return names[0] if names else "build"
+def choose_sample(settings: Settings) -> str:
+    """Return the alphabetically first command that can be counted."""
+    if settings.commands is None:
+        return "build"
+    return min(name for name in settings.commands if is_command_name(name))
 
 
-def guess_client(settings: Settings) -> OtlpClient:
-    """Return the client of a tool whose telemetry may be off. Raise NotSent."""
-    try:
-        found = Storage(find_directory(settings)).read_config()
-        config = parse_config(NEW_CONFIG if found is None else found)
-    except (NotSent, ImportError):
-        config = TelemetryConfig({})
-    return configure_client(settings, config)
-
-
-def find_reason(settings: Settings) -> "tuple[str | None, bool]":
-    """Return why telemetry is off, None where it is on, and whether a setting is invalid."""
+def run_status(settings: Settings, options: "argparse.Namespace") -> int:
+    facts = collect_facts(settings)
+    code = 0
     try:
         check_settings(settings)
-        plan_delivery(Call(settings, get_sample_command(settings)))
+        plan_delivery(settings, choose_sample(settings))
+        facts["enabled"] = True
     except (NotSent, ImportError, OSError) as error:
-        return describe_error(error), isinstance(error, InvalidSetting)
-    return None, False
+        facts["reason"] = describe_error(error)
+        if isinstance(error, InvalidSetting):
+            code = 1
+    if options.json:
+        import json
+
+        show(json.dumps(facts, indent=2))
+    else:
+        show(format_status(settings, facts))
+    return code
 
 
-def collect_facts(settings: Settings, reason: "str | None") -> "dict[str, Any]":
+def collect_facts(settings: Settings) -> "dict[str, Any]":
     """Return what `status` shows, None for what there is not."""
     facts: dict[str, Any] = {
-        "tool": describe_tool(settings),
-        "enabled": reason is None,
-        "reason": reason,
+        "tool": str(settings.service_name),
+        "enabled": False,
+        "reason": None,
         "endpoint": None,
         "encrypted": None,
         "fingerprint": None,
@@ -1505,16 +1219,17 @@ def collect_facts(settings: Settings, reason: "str | None") -> "dict[str, Any]":
         "docs_url": None,
     }
     try:
-        check_settings(settings)
-        facts["docs_url"] = settings.docs_url or None
-        storage = Storage(find_directory(settings))
+        storage = Storage(settings)
         facts["config"] = storage.config_path
         facts["fingerprint"] = storage.read_fingerprint() or None
-        url = guess_client(settings).url
+        check_settings(settings)
+        facts["docs_url"] = settings.docs_url or None
+        data = storage.read_config()
+        url = configure_client(settings, parse_config(NEW_CONFIG if data is None else data)).url
         facts["endpoint"] = url
         facts["encrypted"] = url.startswith("https:")
         facts["backoff"] = storage.describe_backoff(url) or None
-    except NotSent:
+    except (NotSent, ImportError, OSError):
         # What is known so far is shown, and the reason.
         pass
     return facts
@@ -1525,6 +1240,9 @@ def format_status(settings: Settings, facts: "dict[str, Any]") -> str:
         first = f"Telemetry of {facts['tool']} is on"
     else:
         first = f"Telemetry of {facts['tool']} is off: {facts['reason']}"
+    config = facts["config"]
+    if facts["enabled"] and not os.path.exists(config):
+        config = f"{config} (the first command creates it)"
     endpoint = facts["endpoint"] or "none"
     if facts["encrypted"] is False:
         endpoint = f"{endpoint} (not encrypted)"
@@ -1536,21 +1254,12 @@ def format_status(settings: Settings, facts: "dict[str, Any]") -> str:
         "Endpoint": endpoint,
         "Fingerprint": facts["fingerprint"] or "none",
         "Back-off": facts["backoff"],
-        "Config": facts["config"],
+        "Config": config,
         "Change": change,
         "Variables": f"DO_NOT_TRACK=1, {variable}=0, {variable}_DEBUG=1",
         "Read more": facts["docs_url"],
     }
     return "\n".join([first, *(f"  {label:<13}{text}" for label, text in rows.items() if text)])
-
-
-def run_status(settings: Settings, options: "argparse.Namespace") -> int:
-    import json
-
-    reason, is_invalid = find_reason(settings)
-    facts = collect_facts(settings, reason)
-    show(json.dumps(facts, indent=2) if options.json else format_status(settings, facts))
-    return 1 if is_invalid else 0
 
 
 def replace_value(text: str, value: str) -> "Iterator[str]":
@@ -1583,10 +1292,8 @@ def edit_config(data: bytes, is_enabled: bool) -> bytes:
 
     Raise InvalidSetting where it is damaged, CommandError where the text is too unusual.
     """
-    # Floats as text, for nan is not equal to itself.
-    before = parse_toml(data, str)
-    table = before.get("telemetry", {})
-    check_table(table)
+    before = parse_toml(data)
+    table = find_table(before)
     if table.get("enabled") is is_enabled:
         return data
     value = "true" if is_enabled else "false"
@@ -1597,7 +1304,7 @@ def edit_config(data: bytes, is_enabled: bool) -> bytes:
         edited = mark + text.encode()
         # The parser tells which of the texts says what is wanted, and nothing else.
         try:
-            if parse_toml(edited, str) == wanted:
+            if parse_toml(edited) == wanted:
                 return edited
         except InvalidSetting:
             continue
@@ -1605,8 +1312,7 @@ def edit_config(data: bytes, is_enabled: bool) -> bytes:
 
 
 def save_enabled(storage: Storage, is_enabled: bool) -> None:
-    """Set `enabled` in config.toml. Raise InvalidSetting, NotSent, CommandError, OSError."""
-    check_owner(storage.config_path)
+    """Set `enabled` in config.toml. Raise NotSent, CommandError, OSError."""
     data = storage.read_config()
     if data is None:
         check_creatable(storage.config_path)
@@ -1619,17 +1325,14 @@ def save_enabled(storage: Storage, is_enabled: bool) -> None:
             # Another process has just created it.
             data = storage.read_config() or b""
     edited = edit_config(data, is_enabled)
-    if edited == data:
-        return
-    # A link stays a link.
-    path = os.path.realpath(storage.config_path)
-    if not os.access(path, os.W_OK):
-        raise CommandError("the file is read-only")
-    write_file(path, edited, replace_file, stat.S_IMODE(os.stat(path).st_mode))
+    if edited != data:
+        # A link stays a link.
+        path = os.path.realpath(storage.config_path)
+        write_file(path, edited, replace_file, stat.S_IMODE(os.stat(path).st_mode))
 
 
 def run_switch(settings: Settings, options: "argparse.Namespace") -> int:
-    storage = Storage(find_directory(settings))
+    storage = Storage(settings)
     path = storage.config_path
     try:
         save_enabled(storage, options.enabled)
@@ -1643,36 +1346,60 @@ def run_switch(settings: Settings, options: "argparse.Namespace") -> int:
         return 0
     delete_file(storage.backoff_path)
     show(f"Telemetry enabled (saved in {path})")
-    reason, _ = find_reason(settings)
-    if reason:
-        show(f"It stays off: {reason}")
+    try:
+        check_settings(settings)
+        plan_delivery(settings, choose_sample(settings))
+    except (NotSent, ImportError, OSError) as error:
+        show(f"It stays off: {describe_error(error)}")
     return 0
 
 
 def run_preview(settings: Settings, options: "argparse.Namespace") -> int:
+    check_settings(settings)
     command = options.command
     if command is None:
-        command = get_sample_command(settings)
-    check_command(command, settings.commands)
-    call = Call(settings, command)
-    reason, _ = find_reason(settings)
-    if reason:
-        show_error(f"This is not sent. Telemetry is off: {reason}")
-    try:
-        client = guess_client(settings)
-    except NotSent:
-        client = OtlpClient("http://no-endpoint.invalid/v1/metrics", {}, 0)
-    show(format_preview(call, client))
+        command = choose_sample(settings)
+    show(explain_delivery(settings, command))
     return 0
 
 
-def check_response(response: "HTTPResponse") -> str:
+def wait_for_answer(delivery: Delivery) -> str:
+    """Wait for a delivery, and return what came of it.
+
+    Raise CommandError where that is a failure, NotSent and ImportError where nothing was sent.
+    """
+    try:
+        delivery.wait()
+    finally:
+        # The person has waited here, so the end of the process does not wait for it again.
+        get_session().deliveries.discard(delivery)
+        delivery.is_prepared.wait(MAX_IMPORT_SECONDS)
+    elapsed = f"{(time.monotonic() - delivery.moment) * 1000:.0f} ms"
+    if isinstance(delivery.failure, (NotSent, ImportError)):
+        raise delivery.failure
+    try:
+        answer = read_answer(delivery)
+    except CommandError as error:
+        raise CommandError(f"{delivery.client.url} after {elapsed}: {error}") from None
+    return f"Sent to {delivery.client.url} in {elapsed}: {answer}"
+
+
+def read_answer(delivery: Delivery) -> str:
     """Return what the collector says of a data point that it accepted. Raise CommandError for any
-    other answer: OTLP specification, "OTLP/HTTP Response"."""
+    other answer, and for none: OTLP specification, "OTLP/HTTP Response"."""
+    from urllib.error import URLError
+
+    if isinstance(delivery.failure, URLError):
+        raise CommandError(str(delivery.failure.reason))
+    if delivery.failure is not None:
+        raise CommandError(describe_error(delivery.failure))
+    response = delivery.response
+    reply = delivery.reply
+    if response is None or reply is None:
+        raise CommandError("timed out")
     words = f"HTTP {response.status}"
-    body = response.read(MAX_BODY_BYTES)
     if not 200 <= response.status < 300:
-        text = body.decode(errors="replace")
+        text = reply.decode(errors="replace")
         location = response.headers.get("Location")
         if location:
             text = f"it redirects to {location}, which is not followed"
@@ -1681,9 +1408,7 @@ def check_response(response: "HTTPResponse") -> str:
         raise CommandError(
             f"{words}, but the answer is a web page: is this the URL of a collector?"
         )
-    if len(body) == MAX_BODY_BYTES:
-        return add_message(words, "the answer is too long to be read to its end")
-    rejected, text = parse_partial_success(body)
+    rejected, text = parse_partial_success(reply)
     if rejected > 0:
         words = f"{words}: {rejected} data point rejected"
         raise CommandError(add_message(words, text or "no reason given"))
@@ -1696,12 +1421,12 @@ def add_message(words: str, message: str) -> str:
     return f"{words}: {text}" if text else words
 
 
-def parse_partial_success(body: bytes) -> "tuple[int, str]":
+def parse_partial_success(reply: bytes) -> "tuple[int, str]":
     """Return how many data points were rejected, and the message of the collector."""
     import json
 
     try:
-        partial = json.loads(body)["partialSuccess"]
+        partial = json.loads(reply)["partialSuccess"]
         rejected = partial.get("rejectedDataPoints") or 0
         return int(rejected), str(partial.get("errorMessage") or "")
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
@@ -1709,219 +1434,94 @@ def parse_partial_success(body: bytes) -> "tuple[int, str]":
         return 0, ""
 
 
-def describe_failure(error: Exception) -> str:
-    """Return why the collector has not accepted a data point."""
-    from urllib.error import URLError
-
-    if isinstance(error, URLError):
-        return str(error.reason)
-    if isinstance(error, (CommandError, OSError)):
-        return str(error)
-    # The text of another error may show the password of a proxy.
-    return type(error).__name__
-
-
-def send_and_wait(call: Call, client: OtlpClient, storage: Storage) -> str:
-    """Send a data point and return what the collector says of it. Raise CommandError."""
-    import threading
-
-    session = get_session()
-    body = session.encode(call, session.identify(storage))
-    deadline = call.moment + client.timeout
-    is_prepared = threading.Event()
-    answers = []
-    failures = []
-
-    def post() -> None:
-        try:
-            with client.post(body, deadline, is_prepared) as response:
-                storage.heed_status(client.url, response.status)
-                answers.append(check_response(response))
-        except Exception as error:
-            failures.append(describe_failure(error))
-        finally:
-            is_prepared.set()
-
-    # In a thread, for the look-up of a host name heeds no deadline.
-    thread = threading.Thread(target=post, daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(WAIT_SECONDS)
-    finally:
-        # A process that ends while OpenSSL reads a bundle of authorities can crash.
-        is_prepared.wait(MAX_IMPORT_SECONDS)
-    elapsed = f"{(time.monotonic() - call.moment) * 1000:.0f} ms"
-    if not answers:
-        failure = failures[0] if failures else "timed out"
-        raise CommandError(f"{client.url} after {elapsed}: {failure}")
-    return f"Sent to {client.url} in {elapsed}: {answers[0]}"
-
-
 def run_track(settings: Settings, options: "argparse.Namespace") -> int:
+    check_settings(settings)
     check_command(options.command, settings.commands)
-    # A wrong one is an error, not a reason to be off.
+    # An invalid URL is an error, not a reason to be off.
     if options.endpoint is not None:
         parse_endpoint(options.endpoint, "--endpoint")
-    call = Call(settings, options.command)
+    delivery = Delivery(settings, options.command, options.endpoint)
     try:
-        client = plan_delivery(call, options.endpoint)
-        storage = Storage(find_directory(settings))
-        config_data = storage.read_config()
-        if config_data is None:
-            config_data = run_first(settings, storage, client.url)
-        # Another process may just have created it.
-        check_enabled(parse_config(config_data))
+        delivery.check()
+        delete_file(delivery.storage.backoff_path)
+        delivery.start()
+        text = wait_for_answer(delivery)
     except (NotSent, ImportError, OSError) as error:
-        show(f"Not sent. Telemetry is off: {describe_error(error)}")
-        return 0
-    text = send_and_wait(call, client, storage)
-    delete_file(storage.backoff_path)
+        text = f"Not sent. Telemetry is off: {describe_error(error)}"
     show(text)
     return 0
 
 
 def run_reset(settings: Settings, options: "argparse.Namespace") -> int:
-    storage = Storage(find_directory(settings))
-    check_owner(storage.config_path)
+    storage = Storage(settings)
     try:
         os.unlink(storage.fingerprint_path)
     except (FileNotFoundError, NotADirectoryError):
         show("No fingerprint stored.")
     else:
-        show("Fingerprint deleted; the next command makes a new one.")
+        show("Fingerprint deleted; the next send makes a new one.")
     return 0
 
 
-def start_collector(received: "list[tuple[str, bytes]]") -> "Any":
-    """Start a collector on loopback that appends the head and the body of each request."""
-    import threading
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+def run_selftest(settings: Settings, options: "argparse.Namespace") -> int:
+    check_settings(settings)
+    variable = settings.environment
+    kept = dict(os.environ)
+    try:
+        for name in ("CI", "DO_NOT_TRACK", variable, f"{variable}_ENDPOINT"):
+            os.environ.pop(name, None)
+        os.environ["no_proxy"] = "127.0.0.1"
+        show(deliver_on_loopback(settings))
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+    return 0
 
-    class Handler(BaseHTTPRequestHandler):
+
+def deliver_on_loopback(settings: Settings) -> str:
+    """Deliver from a new home to a collector on loopback, and return what it received.
+
+    Raise CommandError, NotSent, ImportError, OSError.
+    """
+    import copy
+    import http.server
+    import socketserver
+    import tempfile
+
+    received = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            received.append((f"{self.requestline}\n{self.headers}", body))
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-def copy_module(directory: str) -> None:
-    """Copy this file, whatever it is called and wherever it is loaded from. Raise CommandError."""
-    loader: Any = globals().get("__loader__")
-    path = globals().get("__file__")
-    if path is None or not hasattr(loader, "get_data"):
-        raise CommandError("selftest starts Python with this file, and here is none to start")
-    ending = ".pyc" if path.endswith(".pyc") else ".py"
-    write_file(os.path.join(directory, f"telemetry_copy{ending}"), loader.get_data(path))
-
-
-def format_sample_tool(settings: Settings, directory: str, endpoint: str) -> str:
-    """Return the source of a tool like this one that runs one command."""
-    import json
-
-    command = get_sample_command(settings)
-    given = {name: getattr(settings, name) for name in vars(Settings) if not name.startswith("_")}
-    given["directory"] = directory
-    given["endpoint"] = endpoint
-    given["commands"] = [command]
-    # The request is shown, and they may hold an ingest token.
-    given["headers"] = None
-    given["opt_in"] = False
-    return f"""
-import json
-import sys
-
-sys.path.insert(0, {directory!r})
-import telemetry_copy
-
-telemetry_copy.initialize_telemetry(**json.loads({json.dumps(given)!r}))
-telemetry_copy.track_command_execution({command!r})
-"""
-
-
-def clean_environment(settings: Settings) -> "dict[str, str]":
-    """Return the environment without what turns telemetry off or on, and without a proxy."""
-    names = ("CI", "DO_NOT_TRACK", settings.environment)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(names)}
-    env["no_proxy"] = "127.0.0.1"
-    return env
-
-
-def try_sample_tool(
-    settings: Settings, source: str, received: "list[tuple[str, bytes]]"
-) -> "tuple[str, list[str]]":
-    """Run the tool four times. Return what it said, and a line for each outcome."""
-    import subprocess
-
-    variable = settings.environment
-    env = clean_environment(settings)
-    notices = []
-    outcomes = []
-    # What is tried, with which variables, and the number of requests so far.
-    for text, variables, count in (
-        ("the first run shows the notice and sends", {}, 1),
-        ("the second run sends", {}, 2),
-        ("DO_NOT_TRACK=1 turns it off", {"DO_NOT_TRACK": "1"}, 2),
-        (f"{variable}=0 turns it off", {variable: "0"}, 2),
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        socketserver.TCPServer(("127.0.0.1", 0), Collector) as server,
     ):
-        done = subprocess.run(
-            [sys.executable, "-I", "-B", "-"],
-            env=env | variables,
-            input=source.encode(),
-            capture_output=True,
-        )
-        said = done.stderr.decode(errors="replace").strip()
-        if said:
-            notices.append(said)
-        is_unharmed = done.returncode == 0 and done.stdout == b""
-        if is_unharmed and len(notices) == 1 and len(received) == count:
-            outcomes.append(f"ok  {text}")
-        else:
-            outcomes.append(f"FAILED  {text}: {make_printable(said[-80:])}")
-    return "\n".join(notices), outcomes
-
-
-def run_selftest(settings: Settings, options: "argparse.Namespace") -> int:
-    import json
-    import tempfile
-
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise CommandError("selftest starts Python, and here is none to start")
-    received: list[tuple[str, bytes]] = []
-    with start_collector(received) as server, tempfile.TemporaryDirectory() as directory:
-        check_owner(directory)
-        copy_module(directory)
-        source = format_sample_tool(settings, directory, f"http://127.0.0.1:{server.server_port}")
-        notice, outcomes = try_sample_tool(settings, source, received)
-        server.shutdown()
-    show(f"What the first run says:\n\n{notice}\n")
-    if received:
-        head, body = received[0]
-        show("What the collector receives for a command:\n")
-        show(f"{head}{json.dumps(json.loads(body), indent=2)}\n")
-    show("\n".join(outcomes))
-    if any(outcome.startswith("FAILED") for outcome in outcomes):
-        show("Failed.")
-        return 1
-    show("All passed.")
-    return 0
+        server.timeout = DEFAULT_TIMEOUT_MS / 1000
+        settings = copy.copy(settings)
+        settings.directory = directory
+        settings.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        settings.opt_in = False
+        delivery = Delivery(settings, choose_sample(settings))
+        delivery.check()
+        delivery.start()
+        server.handle_request()
+        answer = wait_for_answer(delivery)
+    return f"\nThe collector received:\n{received[0].decode()}\n\n{answer}"
 
 
 def build_parser(settings: Settings) -> "argparse.ArgumentParser":
     import argparse
 
-    tool = escape(describe_tool(settings))
-    has_prog = isinstance(settings.prog, str) and settings.prog != ""
-    prog = escape(settings.prog) if has_prog else tool
-    text = f"Show or change the usage telemetry of {tool}."
+    # Either may be of another type by mistake.
+    prog = str(settings.prog or settings.service_name)
+    text = f"Show or change the usage telemetry of {settings.service_name}."
     parser = argparse.ArgumentParser(prog, description=text)
     parser.add_argument("--version", action="version", version=f"telemetry {__version__}")
     parser.set_defaults(run=run_status, json=False)
@@ -1955,8 +1555,6 @@ def run_command(settings: Settings, argv: "list[str] | None") -> int:
         # argparse has shown the help (0) or what is wrong (2).
         code = 2 if stop.code else 0
     else:
-        if options.run is not run_status:
-            check_settings(settings)
         code = options.run(settings, options)
     if sys.stdout is not None:
         sys.stdout.flush()
@@ -1979,24 +1577,15 @@ def leave_stdout() -> None:
         pass
 
 
-def is_reader_gone(error: Exception) -> bool:
-    import errno
-
-    # Windows has another error for it.
-    is_invalid = isinstance(error, OSError) and error.errno == errno.EINVAL
-    return isinstance(error, BrokenPipeError) or (os.name == "nt" and is_invalid)
-
-
 def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     """Run the command line, also under a tool's own command: `main(args, prog="acme telemetry")`.
 
     Returns the exit code: 0, 1 for an error or an invalid setting, 2 for a wrong usage, 130 after
     a Ctrl-C.
     """
-    # An import beside that of a delivery can meet a half-made module.
-    wait_for_imports()
-    settings = Settings()
-    vars(settings).update(vars(current_settings))
+    import copy
+
+    settings = copy.copy(current_settings)
     if prog:
         settings.prog = prog
     try:
@@ -2006,8 +1595,9 @@ def main(argv: "list[str] | None" = None, prog: "str | None" = None) -> int:
     except Exception as error:
         # Whatever it is, a person reads one line, and no traceback.
         leave_stdout()
-        if not is_reader_gone(error):
-            show_error(f"{describe_tool(settings)}: error: {describe_error(error)}")
+        # Nobody reads after `status | head`.
+        if not isinstance(error, BrokenPipeError):
+            show_error(f"{settings.service_name}: error: {describe_error(error)}")
         return 1
 
 
