@@ -1,7 +1,6 @@
 """Every promise of trix_telemetry, in the order of its sections, met by real files, processes and
 sockets in a temporary home. `-m bench -s` measures."""
 
-import contextlib
 import http.server
 import importlib.util
 import itertools
@@ -378,33 +377,12 @@ def test_a_copy_in_memory_counts(collector, load):
     assert collector.commands == ["build"]
 
 
-@cases(
-    ("load", "inspect"),
-    {
-        "no-name": (LOADERS["exec-with-nothing"], "set TRIX_TELEMETRY_DEBUG=1"),
-        "a-name": (LOADERS["an-importer-of-its-own"], "python -m usage status"),
-    },
-)
-def test_the_notice_of_a_copy_in_memory_names_a_command_that_there_is(collector, load, inspect):
-    done = run_loaded(load, "module.track_command_execution('build')")
-
-    assert f"  Inspect:   {inspect}\n" in done.stderr
-
-
 @cases("load", LOADERS)
 @pytest.mark.parametrize("command", ["status", "preview", "disable"])
 def test_a_copy_in_memory_has_its_commands(collector, load, command):
     done = run_loaded(load, f"sys.exit(module.main([{command!r}]))")
 
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_copy_in_memory_has_no_selftest(collector):
-    load = LOADERS["a-new-module"]
-
-    done = run_loaded(load, "sys.exit(module.main(['selftest']))")
-
-    assert_error(done, "selftest starts Python with this file, and here is none to start")
 
 
 # Settings: a tool is itself
@@ -473,7 +451,7 @@ def test_a_tool_neither_sends_nor_writes_nor_says_a_word_of_trix(acme, home):
     done = acme.run("print(usage.main(['status']), usage.main(['--help']))")
 
     ((_, headers, body),) = acme.collector.requests
-    assert headers.pop("User-Agent") == "trix-telemetry/3.0.0"
+    assert headers.pop("User-Agent") == "trix-telemetry/4.0.0"
     shown = f"{done.stdout}{done.stderr}{headers}{body}{read_tree(acme.directory)}"
     assert "trix" not in shown.replace(str(home), "").lower()
 
@@ -503,7 +481,7 @@ def test_prog_of_main_is_shown(acme):
 def test_the_version_is_that_of_the_telemetry(acme):
     done = acme.run("usage.main(['--version'])")
 
-    assert done.stdout == "telemetry 3.0.0\n"
+    assert done.stdout == "telemetry 4.0.0\n"
 
 
 def test_metric_name_and_directory_can_be_given(acme, home):
@@ -513,26 +491,15 @@ def test_metric_name_and_directory_can_be_given(acme, home):
     assert names(home / "own") == ["config.toml", "fingerprint"]
 
 
-class OwnPath:
-    """A path of another class than pathlib's."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __fspath__(self):
-        return self.path
-
-
-@pytest.mark.parametrize("kind", [pathlib.Path, OwnPath])
-def test_a_directory_can_be_a_path(collector, home, kind):
-    directory = kind(home / "own")
+def test_a_directory_can_be_a_path(collector, home):
+    directory = home / "own"
     trix_telemetry.initialize_telemetry(
         service_name="acme", service_version="1", endpoint=collector.url, directory=directory
     )
 
     track()
 
-    assert names(home / "own") == ["config.toml", "fingerprint"]
+    assert names(directory) == ["config.toml", "fingerprint"]
 
 
 @cases(
@@ -564,10 +531,45 @@ def test_track_names_a_command_outside_of_commands(acme):
     assert done.stderr == "acme: error: other is not among the tool's commands\n"
 
 
-def test_status_takes_a_name_of_commands_that_can_be_counted(acme):
-    done = acme.run("usage.main(['status'])", {"commands": ["a name", "build"]})
+@cases(
+    "commands",
+    {
+        "not-the-first": ["a name", "build"],
+        "not-the-alphabetically-first": ["db:migrate", "serve"],
+        "not-text": ["a", None],
+    },
+)
+def test_status_takes_a_name_of_commands_that_can_be_counted(acme, commands):
+    done = acme.run("usage.main(['status'])", {"commands": commands})
 
     assert first_line(done) == "Telemetry of acme is on"
+
+
+def test_status_as_json_names_a_tool_whose_name_is_no_text(home, capsys):
+    trix_telemetry.initialize_telemetry(service_name=b"x", service_version="1", endpoint="")
+
+    code = trix_telemetry.main(["status", "--json"])
+
+    facts = json.loads(capsys.readouterr().out)
+    assert (code, facts["tool"]) == (1, "b'x'")
+    assert facts["reason"] == "service_name of the tool must be one line of text"
+
+
+@pytest.mark.parametrize("name", ["enable", "disable", "reset"])
+def test_a_person_decides_whatever_else_the_vendor_got_wrong(home, capsys, name):
+    trix_telemetry.initialize_telemetry(
+        service_name="acme",
+        service_version=None,
+        endpoint=5,
+        commands="build",
+        directory=home / "own",
+    )
+
+    code = trix_telemetry.main([name])
+
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert out.startswith(("Telemetry enabled", "Telemetry disabled", "No fingerprint"))
 
 
 def test_opt_in_makes_and_says_nothing(acme):
@@ -591,7 +593,7 @@ def test_opt_in_is_on_after_enable(acme):
     assert acme.collector.commands == ["test"]
 
 
-SECRET = {"headers": {"Authorization": "secret", "Bad Name": "x", "Host": "x"}}
+SECRET = {"headers": {"Authorization": "secret", "Host": "x"}}
 
 
 def test_headers_go_to_the_endpoint_of_the_tool(acme):
@@ -599,7 +601,7 @@ def test_headers_go_to_the_endpoint_of_the_tool(acme):
 
     ((_, headers, _),) = acme.collector.requests
     assert headers["Authorization"] == "secret"
-    assert "Bad Name" not in headers
+    assert headers["Host"] == acme.collector.url.removeprefix("http://")
 
 
 def test_headers_do_not_go_to_the_endpoint_of_the_environment(acme):
@@ -704,10 +706,12 @@ def edited_copy(acme):
         "metric_name": "acme_runs",
         "directory": "~/.acme",
         "environment": "ACME_USAGE",
+        "prog": "python -m acme._vendor.usage",
     }
     text = SOURCE
     for name, value in values.items():
-        text, count = re.subn(rf'(?m)^    {name} = ".*"', f'    {name} = "{value}"', text)
+        pattern = rf'(?m)^    {name}(: ".*")? = ".*"'
+        text, count = re.subn(pattern, f'    {name} = "{value}"', text)
         assert count == 1
     path = acme.library / "acme" / "_vendor" / "usage.py"
     path.write_text(text, encoding="utf-8")
@@ -730,22 +734,13 @@ def test_a_copy_with_its_values_edited_counts(edited_copy, home):
     assert "python -m acme._vendor.usage disable" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["status", "disable", "selftest"])
+@pytest.mark.parametrize("command", ["status", "disable"])
 def test_a_copy_with_its_values_edited_has_its_commands(edited_copy, command):
     env = {"PYTHONPATH": str(edited_copy.library)}
 
     done = run([sys.executable, "-m", "acme._vendor.usage", command], env=env)
 
     assert (done.returncode, done.stderr) == (0, "")
-
-
-class Unwilling:
-    """A value that is no text, no truth and no path."""
-
-    def __repr__(self):
-        raise ZeroDivisionError
-
-    __str__ = __bool__ = __fspath__ = __repr__
 
 
 WRONG_SETTINGS = {
@@ -755,7 +750,6 @@ WRONG_SETTINGS = {
     "service_name-bytes": ("service_name", b"x"),
     "service_name-empty": ("service_name", ""),
     "service_name-none": ("service_name", None),
-    "service_name-unwilling": ("service_name", Unwilling()),
     "service_name-a-zero": ("service_name", "a\0"),
     "service_version-a-number": ("service_version", 1.0),
     "service_version-none": ("service_version", None),
@@ -766,18 +760,16 @@ WRONG_SETTINGS = {
     "directory-relative": ("directory", "relative"),
     "directory-empty": ("directory", ""),
     "directory-an-object": ("directory", object()),
-    "directory-unwilling": ("directory", Unwilling()),
     "environment-empty": ("environment", ""),
     "prog-a-number": ("prog", 5),
     "prog-two-lines": ("prog", "a\nb"),
     "commands-a-text": ("commands", "build"),
     "commands-a-number": ("commands", 5),
-    "commands-with-a-number": ("commands", ["a", 1]),
+    "commands-without-a-name": ("commands", ["db:migrate", 1]),
     "commands-a-generator": ("commands", (name for name in ["build"])),
     "headers-a-list": ("headers", ["a"]),
     "headers-with-a-number": ("headers", {"a": 1}),
     "docs_url-a-number": ("docs_url", 3),
-    "docs_url-unwilling": ("docs_url", Unwilling()),
     "opt_in-a-text": ("opt_in", "no"),
 }
 
@@ -818,21 +810,6 @@ def test_no_command_fails_with_a_traceback_for_a_wrong_setting(capfd, name, valu
         assert trix_telemetry.main(command) in (0, 1)
 
     assert "Traceback" not in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["service_name", "directory", "prog"])
-def test_bytes_harm_no_host_in_which_they_are_an_error(home, name):
-    code = f"""
-        settings = dict(service_name="acme", service_version="1", endpoint="http://127.0.0.1:9")
-        settings[{name!r}] = b"x"
-        trix_telemetry.initialize_telemetry(**settings)
-        assert trix_telemetry.track_command_execution("build") is None
-    """
-
-    done = run_tool(code, "-bb")
-
-    assert_silent(done)
-    assert names(home) == []
 
 
 # Checks: command names, endpoints, headers, config.toml
@@ -933,11 +910,8 @@ BAD_ENDPOINTS = {
     "port-too-large": "http://h:99999",
     "port-a-word": "http://h:http",
     "port-zero": "http://h:0",
-    "port-empty": "http://h:",
     "port-arabic": "http://h:\u0661",
     "open-bracket": "http://[::1",
-    "after-a-bracket": "http://[::1]abc:80",
-    "before-a-bracket": "http://a[::1]:80",
     "query": "http://h/?token=1",
     "empty-query": "http://h?",
     "fragment": "http://h/#a",
@@ -977,7 +951,11 @@ def test_a_bad_endpoint_in_the_variable_is_off_and_named(config, capfd, monkeypa
 HEADERS = """
 [telemetry.otlp_headers]
 Authorization = "Bearer abc"
-X-Latin = "caf\u00e9"
+content-TYPE = "1"
+Content-Length = "1"
+user-agent = "1"
+host = "1"
+connection = "1"
 """
 
 
@@ -990,44 +968,12 @@ def test_the_headers_of_the_request(collector, config):
     assert headers == {
         "Accept-Encoding": "identity",
         "Authorization": "Bearer abc",
-        "X-Latin": "caf\u00e9",
-        "User-Agent": "trix-telemetry/3.0.0",
+        "User-Agent": "trix-telemetry/4.0.0",
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
         "Host": collector.url.removeprefix("http://"),
         "Connection": "close",
     }
-
-
-@cases(
-    "line",
-    {
-        "name-not-ascii": '"X-Caf\u00e9" = "1"',
-        "name-with-a-space": '"X Space" = "1"',
-        "name-with-a-colon": '"X:Colon" = "1"',
-        "name-with-a-line-break": '"X\\nLine" = "1"',
-        "name-empty": '"" = "1"',
-        "value-with-a-line-break": 'X-Break = "a\\r\\nX-Injected: b"',
-        "value-with-a-control-character": 'X-Control = "\\u0001"',
-        "value-not-latin": 'X-Wide = "\u0416"',
-        "content-type": 'content-TYPE = "1"',
-        "content-length": 'Content-Length = "1"',
-        "user-agent": 'user-agent = "1"',
-        "host": 'host = "1"',
-        "connection": 'connection = "1"',
-        "transfer-encoding": 'Transfer-Encoding = "1"',
-    },
-)
-def test_a_header_that_may_not_be_sent_is_skipped(collector, config, line):
-    config(f"{ON}{HEADERS}{line}\n")
-
-    track()
-
-    ((_, headers, body),) = collector.requests
-    assert len(headers) == 8
-    assert headers["Authorization"] == "Bearer abc"
-    assert headers["User-Agent"] == "trix-telemetry/3.0.0"
-    assert headers["Content-Length"] == str(len(body))
 
 
 OFF_CONFIGS = {
@@ -1095,44 +1041,13 @@ def test_a_config_that_says_true_is_on_and_left_alone(collector, config, text):
     assert path.read_bytes() == text.encode()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_generated_config_is_never_off_early_where_a_parser_finds_it_on(config, seed):
-    dice = random.Random(seed)
-    lines = [
-        "[telemetry]",
-        " [telemetry]",
-        "[other]",
-        "[[list]]",
-        "enabled = false",
-        "enabled = true",
-        "enabled=true # so",
-        "# enabled = true",
-        "x = [\n[1],\n]",
-        'y = """',
-        '"""',
-        "t = 'true'",
-        '"enabled" = true',
-        "telemetry.enabled = true",
-        "telemetry = { enabled = true }",
-    ]
-    settings = trix_telemetry.Settings()
-    settings.endpoint = "http://127.0.0.1:9"
-
-    found = 0
-    for _ in range(200):
-        text = "\n".join(dice.choices(lines, k=dice.randint(1, 6)))
-        try:
-            table = tomllib.loads(text).get("telemetry")
-        except tomllib.TOMLDecodeError:
-            continue
-        if isinstance(table, dict) and table.get("enabled") is True:
-            trix_telemetry.check_unparsed(settings, text.encode())
-            found += 1
-    assert found > 5
-
-
 def bad_timeout(value):
     return f"{ON}timeout_ms = {value}\n", "telemetry.timeout_ms must be an integer, 1 to 60000"
+
+
+def bad_header(line):
+    text = f"{ON}[telemetry.otlp_headers]\n{line}\n"
+    return text, "telemetry.otlp_headers must be a table of names and values in printable ASCII"
 
 
 NOT_TOML = "config.toml must be TOML in UTF-8: "
@@ -1155,11 +1070,17 @@ BAD_CONFIGS = {
     "timeout-large": bad_timeout("60001"),
     "timeout-very-large": bad_timeout("1_000_000_000_000"),
     "timeout-9000-digits": bad_timeout("0x" + "f" * 9000),
-    "timeout-nan": bad_timeout("nan"),
     "timeout-a-list": bad_timeout("[]"),
     "endpoint-a-number": (f"{ON}otlp_endpoint = 7\n", "telemetry.otlp_endpoint must be"),
     "headers-a-list": (f"{ON}otlp_headers = []\n", "telemetry.otlp_headers must be"),
     "headers-a-text": (f"{ON}otlp_headers = 'A=SECRET'\n", "telemetry.otlp_headers must be"),
+    "header-name-not-ascii": bad_header('"X-Caf\u00e9" = "1"'),
+    "header-name-with-a-space": bad_header('"X Space" = "1"'),
+    "header-name-with-a-colon": bad_header('"X:Colon" = "1"'),
+    "header-name-empty": bad_header('"" = "1"'),
+    "header-transfer-encoding": bad_header('transfer-Encoding = "chunked"'),
+    "header-value-not-ascii": bad_header('X-Latin = "caf\u00e9"'),
+    "header-value-with-a-line-break": bad_header('X-Break = "a\\r\\nX-Injected: SECRET"'),
     "header-a-number": (f"{ON}otlp_headers = {{ A = 1 }}\n", "telemetry.otlp_headers must be"),
     "header-a-list": (f"{ON}otlp_headers = {{ A = ['SECRET'] }}\n", "telemetry.otlp_headers must"),
 }
@@ -1203,6 +1124,14 @@ def test_status_names_what_is_damaged(collector, config, capfd, text, says):
     assert "SECRET" not in out
 
 
+def test_a_logging_that_fails_is_silent(collector, config):
+    config("[telemetry]\nenabled = true\ntimeout_ms = 0\n")
+
+    done = run_tool(f"import types\nsys.modules['logging'] = types.ModuleType('logging')\n{TRACK}")
+
+    assert_silent(done)
+
+
 @posix
 @cases(
     ("kind", "says"),
@@ -1234,34 +1163,6 @@ def test_what_is_no_file_is_off_and_left_alone(collector, state, capfd, kind, sa
     assert re.fullmatch(f"Telemetry of trix-cli is off: {path} {says}", first)
     assert names(state) == ["config.toml"]
     assert collector.requests == []
-
-
-PIPE_IN_ITS_PLACE = """
-import os
-
-look = os.stat
-
-
-def look_elsewhere(path, **options):
-    return look(sys.argv[2] if path == sys.argv[1] else path, **options)
-
-
-os.stat = look_elsewhere
-assert trix_telemetry.track_command_execution("build") is None
-"""
-
-
-@posix
-def test_a_named_pipe_that_has_just_taken_the_place_of_the_config_holds_nothing_up(
-    collector, config
-):
-    path = config()
-    path.unlink()
-    os.mkfifo(path)
-
-    done = run_tool(PIPE_IN_ITS_PLACE, arguments=[path, MODULE], timeout=LONG / 2)
-
-    assert_silent(done)
 
 
 @posix
@@ -1450,7 +1351,7 @@ REASONS = {
         None,
         "there is no endpoint: endpoint of the tool is empty",
     ),
-    "ci": ({"CI": "true"}, None, "CI is set, and {state}/config.toml does not exist"),
+    "ci": ({"CI": "true", ENDPOINT: ""}, None, "CI is set, and {state}/config.toml does not exist"),
 }
 
 
@@ -1492,18 +1393,14 @@ def test_the_first_reason_is_told_by_status(told, capsys, env, text, reason):
 
 
 @cases(("env", "text", "reason"), REASONS)
-def test_the_first_reason_is_told_by_preview_which_shows_the_request(
-    told, home, capsys, env, text, reason
-):
+def test_the_first_reason_is_told_by_preview(told, home, capsys, env, text, reason):
     reason = told(env, text, reason)
     before = read_tree(home)
 
     code = trix_telemetry.main(["preview"])
 
-    out, err = capsys.readouterr()
     assert code == 0
-    assert err == f"This is not sent. Telemetry is off: {reason}\n"
-    assert Point(out.partition("\n\n")[2]).command == "build"
+    assert capsys.readouterr() == (f"trix-cli: telemetry is off: {reason}\n", "")
     assert read_tree(home) == before
 
 
@@ -1592,7 +1489,7 @@ def test_no_interval_overlaps_another_one(intervals):
 
 
 @posix
-@pytest.mark.parametrize("umask", [0o022, 0o777, 0o000])
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
 def test_what_is_made_is_for_the_user_alone_under_any_umask(collector, home, state, umask):
     run_tool(f"import os\nos.umask({umask})\n{TRACK}")
 
@@ -1628,27 +1525,6 @@ def test_a_first_run_sets_modes_on_open_files_alone(collector):
     assert done.stdout == "done\n"
 
 
-@root
-def test_root_sets_no_mode_by_path_where_it_may_not_read(collector):
-    code = """
-        open_as_asked = os.open
-
-
-        def refuse(path, *rest):
-            if os.path.isdir(path):
-                raise PermissionError
-            return open_as_asked(path, *rest)
-
-
-        os.open = refuse
-        assert trix_telemetry.track_command_execution("build") is None
-    """
-
-    done = run_tool(WATCH_MODES + textwrap.dedent(code))
-
-    assert_silent(done)
-
-
 @posix
 def test_an_edit_sets_modes_on_open_files_alone(config):
     path = config()
@@ -1674,13 +1550,6 @@ def test_without_hard_links_a_first_run_counts(collector, state):
     done = run_tool(code)
 
     assert "trix-cli" in done.stderr
-    assert collector.commands == ["build"]
-    assert names(state) == ["config.toml", "fingerprint"]
-
-
-def test_where_python_has_no_links_a_first_run_counts(collector, state):
-    run_tool(f"import os\ndel os.link\n{TRACK}")
-
     assert collector.commands == ["build"]
     assert names(state) == ["config.toml", "fingerprint"]
 
@@ -1963,18 +1832,6 @@ def test_status_of_a_home_that_cannot_be_written(collector, config, locked, text
     assert re.fullmatch(f"Telemetry of trix-cli is {says}", first_line(done))
 
 
-@root
-def test_a_user_can_use_what_is_made_under_a_umask_of_no_rights(collector, home, state):
-    os.chown(home, NOBODY_ID, NOBODY_ID)
-    let_others_in(home)
-
-    done = run_tool(f"{BECOME_NOBODY}os.umask(0o777)\n{TRACK}")
-
-    assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
-    assert collector.commands == ["build"]
-    assert stat.S_IMODE(state.stat().st_mode) == 0o700
-
-
 FULL_DISK = """
 import resource
 
@@ -2003,8 +1860,35 @@ def test_with_a_config_a_full_disk_keeps_nothing_from_being_sent(collector, conf
     assert names(state) == ["config.toml"]
 
 
+def test_a_home_that_cannot_be_made_is_told_in_one_line(home):
+    (home / "file").touch()
+    # On Windows a drive that is not there, whose root is its own parent.
+    place = "Q:\\nobody" if os.name == "nt" else str(home / "file" / "nobody")
+
+    done = run_command("enable", env={"HOME": place, "USERPROFILE": place})
+
+    assert_error(done, ".+")
+
+
 @posix
-@cases("value", {"unset": None, "empty": "", "relative": "relative", "a-device": "/dev/null"})
+def test_without_a_home_that_of_the_password_database_counts(collector, home):
+    code = """
+        import pwd
+        import types
+
+        entry = types.SimpleNamespace(pw_dir=sys.argv[1])
+        pwd.getpwuid = lambda user_id: entry
+        trix_telemetry.track_command_execution("build")
+    """
+
+    run_tool(code, arguments=[home], env={"HOME": None})
+
+    assert names(home / ".tx3" / "trix") == ["config.toml", "fingerprint"]
+    assert collector.commands == ["build"]
+
+
+@posix
+@cases("value", {"relative": "relative", "a-device": "/dev/null"})
 def test_without_a_home_nothing_is_sent(collector, home, value):
     code = "assert trix_telemetry.track_command_execution('build') is None"
 
@@ -2087,9 +1971,9 @@ def test_an_empty_endpoint_in_the_environment_means_nowhere(tool_endpoint, confi
     config()
     monkeypatch.setenv(ENDPOINT, "")
 
-    thread = track()
+    track()
 
-    assert thread is None
+    assert tool_endpoint.requests == []
 
 
 def test_the_variables_of_opentelemetry_are_not_read(new_collector, config, monkeypatch):
@@ -2269,8 +2153,7 @@ trix_telemetry.track_command_execution("build")
 @cases(
     ("name", "contexts"),
     {
-        "a-hashed-directory-that-knows-it": (AUTHORITY_HASH, "capath\n"),
-        "a-hashed-directory-then-the-bundle": ("01234567.0", "capath\n\n"),
+        "a-hashed-directory": (AUTHORITY_HASH, "capath\n"),
         "the-bundle-where-no-directory-is-hashed": ("authority.pem", "\n"),
     },
 )
@@ -2350,20 +2233,6 @@ def test_a_key_log_that_cannot_be_written_is_told_by_track(secure, home, config)
     assert_error(done, ".*No such file or directory.*")
 
 
-def test_a_proxy_of_tls_is_used(secure, home, config):
-    config()
-    env = {
-        "SSL_CERT_FILE": str(home / "authority.pem"),
-        "http_proxy": secure.url,
-        ENDPOINT: "http://collector.invalid",
-    }
-
-    done = run_tool(env=env)
-
-    assert_silent(done)
-    assert secure.requests[0][0] == "POST http://collector.invalid/v1/metrics HTTP/1.1"
-
-
 # Reads the bundle until the deadline is over.
 READ_LATE = """
 import ssl
@@ -2387,52 +2256,13 @@ trix_telemetry.track_command_execution("build")
 
 
 @posix
-@cases("name", {"the-bundle": "authority.pem", "a-directory-first": "01234567.0"})
-def test_the_end_waits_while_a_bundle_of_authorities_is_read(secure, home, config, name):
-    (home / "empty" / name).write_text(AUTHORITY)
+def test_the_end_waits_while_a_bundle_of_authorities_is_read(secure, home, config):
+    (home / "empty" / "authority.pem").write_text(AUTHORITY)
     config(timeout_ms=1000)
 
     done = run_tool(READ_LATE)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
-
-
-# A daemon that lets go of its standard output while the name of the collector is looked up.
-CLOSE_LATE = """
-import os
-import socket
-
-find = socket.getaddrinfo
-
-
-def find_late(*arguments, **options):
-    found = find(*arguments, **options)
-    os.close(1)
-    return found
-
-
-socket.getaddrinfo = find_late
-trix_telemetry.track_command_execution("build").join()
-os._exit(0)
-"""
-
-
-@posix
-def test_no_connection_takes_the_place_of_a_standard_stream(collector, config):
-    config()
-
-    run_tool(CLOSE_LATE)
-
-    assert collector.requests == []
-
-
-@posix
-def test_no_connection_of_tls_takes_the_place_of_a_standard_stream(secure, home, config):
-    config()
-
-    run_tool(CLOSE_LATE, env={"SSL_CERT_FILE": str(home / "authority.pem")})
-
-    assert secure.requests == []
 
 
 def test_http_to_a_collector_of_tls_is_silent(secure, config):
@@ -2525,20 +2355,6 @@ def test_in_ci_a_config_that_is_there_counts(collector, config, monkeypatch):
     assert collector.commands == ["build"]
 
 
-def test_a_first_run_in_an_exit_hook_makes_and_says_nothing(collector, home):
-    code = """
-        import atexit
-        import threading
-
-        atexit.register(trix_telemetry.track_command_execution, "build")
-    """
-
-    done = run_tool(code)
-
-    assert_silent(done)
-    assert names(home) == []
-
-
 def test_a_first_run_without_an_endpoint_makes_imports_and_says_nothing(home):
     code = """
         before = set(sys.modules)
@@ -2552,25 +2368,13 @@ def test_a_first_run_without_an_endpoint_makes_imports_and_says_nothing(home):
     assert names(home) == []
 
 
-def test_a_config_without_an_endpoint_starts_no_thread(config):
-    config(NEW_CONFIG.replace("2000", "3000"))
-
-    thread = track()
-
-    assert thread is None
-
-
-# A host that dies by SIGPIPE, as many a filter does, and ends before its exit hooks run.
+# Ends before its exit hooks run, and before Python flushes what cannot be written.
 TELL = """
 import os
-import signal
 
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 {code}
 try:
-    thread = trix_telemetry.track_command_execution("build")
-    if thread is not None:
-        thread.join()
+    assert trix_telemetry.track_command_execution("build") is None
 except KeyboardInterrupt:
     pass
 os._exit(0)
@@ -2578,6 +2382,13 @@ os._exit(0)
 LOST_STDERR = {
     "none": "sys.stderr = None",
     "closed": "sys.stderr.close()",
+    "a-closed-pipe": """
+import os
+
+read, write = os.pipe()
+os.close(read)
+sys.stderr = open(write, "w", closefd=False)
+""",
     "a-full-disk": "sys.stderr = open('/dev/full', 'w')",
     "interrupted": """
 class Stream:
@@ -2596,38 +2407,95 @@ def assert_nobody_was_told(done, collector, state):
     assert names(state) == []
 
 
+def test_a_notice_that_failed_leaves_what_a_person_has_written_since(collector, state):
+    code = """
+        class Stream:
+            def write(self, text):
+                trix_telemetry.main(["disable"])
+                raise OSError
+
+
+        sys.stderr = Stream()
+        trix_telemetry.track_command_execution("build")
+    """
+
+    done = run_tool(code)
+
+    assert done.stdout.startswith("Telemetry disabled (saved in ")
+    assert tomllib.loads((state / "config.toml").read_text())["telemetry"]["enabled"] is False
+    assert collector.requests == []
+
+
+def test_a_first_run_sends_nothing_where_a_disable_came_beside_the_notice(collector):
+    code = """
+        class Stream:
+            def write(self, text):
+                trix_telemetry.main(["disable"])
+
+
+        sys.stderr = Stream()
+        trix_telemetry.track_command_execution("build")
+    """
+
+    done = run_tool(code)
+
+    assert done.stdout.startswith("Telemetry disabled (saved in ")
+    assert collector.requests == []
+
+
+def test_a_first_run_sends_nothing_where_a_disable_has_just_been_quicker(collector):
+    code = """
+        make = trix_telemetry.make_directory
+
+
+        def make_late(path):
+            trix_telemetry.make_directory = make
+            trix_telemetry.main(["disable"])
+
+
+        trix_telemetry.make_directory = make_late
+        trix_telemetry.track_command_execution("build")
+    """
+
+    done = run_tool(code)
+
+    assert done.stdout.startswith("Telemetry disabled (saved in ")
+    assert done.stderr == ""
+    assert collector.requests == []
+
+
+STREAMS_OF_A_HOST = """
+import os
+
+
+class Output:
+    def __init__(self, stream):
+        self.write = stream.write
+        self.flush = stream.flush
+
+
+class Errors(Output):
+    def fileno(self):
+        return 2
+
+
+sys.stdout = Output(sys.stdout)
+sys.stderr = Errors(sys.stderr)
+"""
+
+
+def test_streams_of_a_hosts_own_class_are_told_and_counted(collector):
+    done = run_tool(STREAMS_OF_A_HOST + TRACK)
+
+    assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
+    assert collector.commands == ["build"]
+
+
 @posix
 @cases("code", LOST_STDERR)
 def test_a_notice_that_cannot_be_shown_takes_the_config_back(collector, state, code):
     done = run_tool(TELL.format(code=code))
 
-    assert_nobody_was_told(done, collector, state)
-
-
-@posix
-def test_a_notice_that_nobody_reads_takes_the_config_back(collector, state):
-    read, write = os.pipe()
-    os.close(read)
-
-    done = run_tool(TELL.format(code=""), stderr=write)
-
-    os.close(write)
-    assert_nobody_was_told(done, collector, state)
-
-
-@posix
-def test_a_notice_that_would_wait_for_its_reader_takes_the_config_back(collector, state):
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(write, b"x" * 4096)
-    os.set_blocking(write, True)
-
-    done = run_tool(TELL.format(code=""), stderr=write)
-
-    os.close(read)
-    os.close(write)
     assert_nobody_was_told(done, collector, state)
 
 
@@ -2740,6 +2608,37 @@ def test_root_makes_and_sends_nothing_in_a_directory_of_another_user(
 
 
 @root
+@cases(
+    "code",
+    {
+        "a-call": TRACK,
+        "status": "trix_telemetry.main(['status'])",
+        "disable": "trix_telemetry.main(['disable'])",
+        "get-user-fingerprint": "trix_telemetry.get_user_fingerprint()",
+    },
+)
+def test_root_opens_no_file_in_a_directory_of_another_user(collector, foreign, code):
+    theirs = foreign("their-home")
+    watch = f"""
+opened = []
+
+
+def watch(event, arguments):
+    if event == "open" and str(arguments[0]).startswith({str(theirs)!r}):
+        opened.append(arguments[0])
+
+
+sys.addaudithook(watch)
+{code}
+assert opened == [], opened
+"""
+
+    done = run_tool(watch)
+
+    assert done.returncode == 0, done.stderr
+
+
+@root
 @in_foreign_homes
 def test_status_tells_root_whose_directory_it_is(collector, home, foreign, capsys, kind):
     foreign(kind)
@@ -2817,15 +2716,6 @@ def count(path, **options):
 
 os.lstat = count
 """
-
-
-@root
-def test_the_owner_costs_no_system_call_where_telemetry_is_off(config, collector):
-    config(OFF)
-
-    done = run_tool(f"{COUNT_LOOKS}{TRACK}print(len(looks))")
-
-    assert done.stdout == "0\n"
 
 
 @root
@@ -3019,6 +2909,50 @@ atexit.register(trix_telemetry.track_command_execution, "late")
 }
 
 
+# The frame of the exception is kept until Python clears its modules.
+LATE_DESTRUCTORS = {
+    "in-a-frame-of-an-exception": """
+import logging
+
+
+class Last:
+    def __del__(self):
+        trix_telemetry.track_command_execution("late")
+
+
+def fail():
+    last = Last()
+    raise ZeroDivisionError
+
+
+fail()
+""",
+    "where-the-module-is-cleared": """
+class Last:
+    def __init__(self, track):
+        self.track = track
+
+    def __del__(self):
+        self.track("late")
+
+
+sys.last = Last(trix_telemetry.track_command_execution)
+raise ZeroDivisionError
+""",
+}
+
+
+@cases("code", LATE_DESTRUCTORS)
+def test_a_late_destructor_that_tracks_is_silent(collector, config, code):
+    config()
+
+    done = run_tool(code, timeout=LONG / 2)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback ")
+    assert done.stderr.endswith("\nZeroDivisionError\n")
+
+
 @cases("code", HOSTS)
 @cases("flags", {"plain": [], "warnings-are-errors": ["-X", "dev", "-W", "error"]})
 def test_a_host_is_unharmed_and_its_point_arrives(collector, config, code, flags):
@@ -3159,7 +3093,7 @@ def test_a_host_with_green_threads_keeps_its_signals(collector, config, library,
     assert_silent(done)
 
 
-# A signal handler that tracks, every half millisecond, while the host tracks.
+# A signal handler that tracks, while the host tracks.
 TRACK_OFTEN = """
 import logging
 import os
@@ -3199,8 +3133,8 @@ def describe():
 trix_telemetry.get_session()
 before = describe()
 signal.signal(signal.SIGALRM, track_alarm)
-signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
 for _ in range(1000):
+    signal.setitimer(signal.ITIMER_REAL, 0.0002)
     trix_telemetry.track_command_execution("build")
 signal.setitimer(signal.ITIMER_REAL, 0)
 after = describe()
@@ -3224,11 +3158,11 @@ def test_a_host_that_tracks_often_keeps_its_settings_threads_and_files(collector
 def test_the_signals_of_a_host_are_left_to_the_host(hostile, config):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
     code = """
-        trix_telemetry.track_command_execution("build")
-        trix_telemetry.get_session().deliveries.pop().is_prepared.wait()
         import os
         import signal
 
+        trix_telemetry.track_command_execution("build")
+        trix_telemetry.get_session().deliveries.pop().is_prepared.wait()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signal.sigwait([signal.SIGUSR1]) == signal.SIGUSR1
@@ -3502,6 +3436,23 @@ def test_a_signal_ends_the_wait(hostile, config, number, code, delay):
     assert process.returncode == code
 
 
+@posix
+def test_a_long_wait_that_ctrl_c_has_ended_begins_a_back_off(hostile, config, state):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=3000)
+    code = f"""
+import signal
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+{TRACK}
+signal.setitimer(signal.ITIMER_REAL, 2.6)
+"""
+
+    done = run_tool(code)
+
+    assert_silent(done)
+    assert (state / "backoff").exists()
+
+
 # A tool with a signal handler whose exception is nobody else's.
 STOP_SOON = """
 import os
@@ -3552,29 +3503,6 @@ if os.fork() == 0:
     done = run_tool(STOP_SOON + code, "-W", "ignore")
 
     assert_silent(done)
-    assert collector.commands == ["build"]
-
-
-INTERRUPTED = f"{TRACK}raise KeyboardInterrupt\n"
-SHELL = f"""
-{TRACK}
-import code
-
-code.InteractiveInterpreter().runsource("raise KeyboardInterrupt")
-"""
-
-
-@posix
-@cases("code", {"dies-of-ctrl-c": INTERRUPTED, "a-shell-within-goes-on": SHELL})
-def test_a_ctrl_c_has_the_exit_code_that_it_has_without(collector, config, home, code):
-    config()
-    tool = home / "tool.py"
-    tool.write_text(script(code))
-
-    without = run([sys.executable, tool], env={"DO_NOT_TRACK": "1"})
-    done = run([sys.executable, tool])
-
-    assert (done.returncode, done.stderr) == (without.returncode, without.stderr)
     assert collector.commands == ["build"]
 
 
@@ -3812,22 +3740,6 @@ assert is_imported or not {is_broken}
     assert_silent(done)
 
 
-@cases(
-    "speak",
-    {
-        "the-head": drip(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.1),
-        "the-body": drip(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r", b"\n", 0.1),
-    },
-)
-def test_the_thread_ends_at_its_deadline_whatever_drips(hostile, config, speak):
-    config(otlp_endpoint=hostile(speak).url, timeout_ms=500)
-
-    thread = trix_telemetry.track_command_execution("build")
-
-    thread.join(LONG / 2)
-    assert not thread.is_alive()
-
-
 def test_a_start_that_is_interrupted_leaves_nothing_under_way(collector, config):
     config(timeout_ms=60_000)
     code = """
@@ -3918,8 +3830,8 @@ def test_a_zipapp_counts(zipapp, acme):
 def test_a_zipapp_has_its_selftest(zipapp, acme):
     done = run([sys.executable, zipapp, "selftest"])
 
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.endswith("All passed.\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(" ms: HTTP 200\n")
 
 
 # The command line
@@ -3937,7 +3849,9 @@ def command(capsys):
     return run_here
 
 
-def test_status_shows_all(collector, home, command):
+def test_status_shows_all(collector, state, command):
+    path = state / "config.toml"
+
     done = command("status")
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -3945,7 +3859,7 @@ def test_status_shows_all(collector, home, command):
         "Telemetry of trix-cli is on",
         f"  Endpoint     {collector.url}/v1/metrics (not encrypted)",
         "  Fingerprint  none",
-        f"  Config       {home / '.tx3' / 'trix' / 'config.toml'}",
+        f"  Config       {path} (the first command creates it)",
         "  Change       python -m trix_telemetry enable, python -m trix_telemetry disable",
         "  Variables    DO_NOT_TRACK=1, TRIX_TELEMETRY=0, TRIX_TELEMETRY_DEBUG=1",
     ]
@@ -4008,27 +3922,6 @@ def test_status_as_json_exits_1_for_an_invalid_setting(collector, config, comman
     assert json.loads(done.stdout)["reason"] == "telemetry.enabled must be true or false"
 
 
-def test_a_command_waits_for_the_imports_of_a_delivery(collector, config):
-    config(EDITED_CONFIG)
-    code = """
-        class Watch:
-            def find_spec(name, path, target=None):
-                if name == "argparse":
-                    print([each.is_prepared.is_set() for each in deliveries])
-
-
-        sys.meta_path.insert(0, Watch)
-        trix_telemetry.MAX_IMPORT_SECONDS = 60
-        trix_telemetry.track_command_execution("build")
-        deliveries = list(trix_telemetry.get_session().deliveries)
-        trix_telemetry.main(["status"])
-    """
-
-    done = run_tool(code)
-
-    assert done.stdout.startswith("[True]\nTelemetry of trix-cli is on\n")
-
-
 EDITS = {
     "dotted": "telemetry.enabled = true\n",
     "inline": "telemetry = { enabled = true }\n",
@@ -4047,7 +3940,7 @@ EDITS = {
     "after-a-comment": "[telemetry]\n# enabled = false\nenabled = true\n",
     "after-lists": "[[list]]\nenabled = true\n[[list]]\nenabled = true\n" + ON,
     "before-a-similar-key": f"{ON}not_enabled = true\n",
-    "odd-values": "x = nan\ny = inf\nz = 1979-05-27\n" + ON,
+    "odd-values": "y = inf\nz = 1979-05-27\n" + ON,
     "3000-tables": "".join(f"[t{n}]\nenabled = true\n" for n in range(3000)) + ON,
 }
 
@@ -4295,24 +4188,8 @@ def test_a_link_that_leads_nowhere_is_not_edited(home, state, command, name):
 
     done = command(name)
 
-    assert_error(done, f"{link}: {link} is a link that leads nowhere; nothing was changed")
+    assert_error(done, f".*{link} is a link that leads nowhere.*")
     assert not (home / "nowhere").exists()
-
-
-def test_a_config_that_is_read_only_is_not_edited(config, state):
-    path = config()
-    path.chmod(0o444)
-    code = "sys.exit(trix_telemetry.main(['disable']))"
-    if os.name != "nt":
-        for each in (state, state.parent, state.parent.parent):
-            each.chmod(0o777)
-        let_others_in(state.parent.parent)
-        code = BECOME_NOBODY + code
-
-    done = run_tool(code)
-
-    assert_error(done, f"{re.escape(str(path))}: the file is read-only; nothing was changed")
-    assert names(state) == ["config.toml"]
 
 
 READ_OFTEN = """
@@ -4345,7 +4222,8 @@ def test_preview_shows_what_is_sent(collector, config, state, command):
     config(f'{ON}[telemetry.otlp_headers]\nX-Key = "secret"\n')
     (state / "fingerprint").write_text(FINGERPRINT)
 
-    head, _, body = command("preview", "test").stdout.partition("\n\n")
+    text = command("preview", "test").stdout.removeprefix("trix-cli: telemetry would send\n")
+    head, _, body = text.partition("\n\n")
     track("test")
 
     ((line, headers, sent),) = collector.requests
@@ -4412,12 +4290,11 @@ def test_track_sends_nothing_where_a_disable_has_just_been_quicker(collector):
 
 
 @posix
-@cases("value", {"none": None, "relative": "here"})
-def test_track_without_a_home_is_off(collector, value):
-    done = run_command("track", "build", env={"HOME": value})
+def test_track_without_a_home_is_off(collector):
+    done = run_command("track", "build", env={"HOME": "here"})
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "Not sent. Telemetry is off: HOME is not set to an absolute path\n"
+    assert done.stdout == "Not sent. Telemetry is off: the home directory is not known\n"
 
 
 def test_track_in_a_first_run_without_stderr_sends_nothing(collector, state):
@@ -4438,7 +4315,7 @@ def test_track_sends_during_a_back_off_and_ends_it(collector, config, state, com
     assert names(state) == ["config.toml", "fingerprint"]
 
 
-def test_a_track_that_fails_leaves_a_back_off(collector, config, state, command):
+def test_a_track_that_fails_has_ended_a_back_off(collector, config, state, command):
     config()
     write_backoff(collector, state)
     collector.answer = (404, {}, b"")
@@ -4446,7 +4323,7 @@ def test_a_track_that_fails_leaves_a_back_off(collector, config, state, command)
     done = command("track", "build")
 
     assert done.returncode == 1
-    assert (state / "backoff").exists()
+    assert not (state / "backoff").exists()
 
 
 def test_a_track_that_is_refused_for_load_begins_a_back_off(collector, config, state, command):
@@ -4544,15 +4421,21 @@ def test_track_takes_null_for_what_is_missing(collector, config, command, partia
     assert done.stdout.endswith(f" ms: HTTP 200{says}\n")
 
 
-def test_track_tells_that_an_answer_is_too_long(collector, config, command):
+@cases(
+    "body",
+    {
+        "an-endless-number": b'{"partialSuccess": {"rejectedDataPoints": 1e999}}',
+        "nested-without-end": b'{"partialSuccess": ' + b"[" * 4000,
+    },
+)
+def test_track_takes_a_strange_answer_for_no_partial_success(collector, config, command, body):
     config()
-    answer = {"partialSuccess": {"errorMessage": "x" * 5000, "rejectedDataPoints": "1"}}
-    collector.answer = (200, {}, json.dumps(answer).encode())
+    collector.answer = (200, {}, body)
 
     done = command("track", "build")
 
-    assert done.returncode == 0
-    assert done.stdout.endswith(" ms: HTTP 200: the answer is too long to be read to its end\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" ms: HTTP 200\n")
 
 
 def test_track_shows_a_warning_of_the_collector(collector, config, command):
@@ -4631,7 +4514,7 @@ sys.exit(trix_telemetry.main(["track", "build"]))
 
 
 @posix
-def test_ctrl_c_ends_a_track(hostile, config):
+def test_ctrl_c_ends_a_track_and_begins_no_back_off(hostile, config, state):
     server = hostile(silence)
     config(otlp_endpoint=server.url, timeout_ms=60_000)
     process = start_tool(TRACK_WITH_CTRL_C)
@@ -4642,6 +4525,7 @@ def test_ctrl_c_ends_a_track(hostile, config):
     out, err = process.communicate(timeout=LONG / 2)
 
     assert (process.returncode, out, err) == (130, "", "")
+    assert not (state / "backoff").exists()
 
 
 @cases(
@@ -4650,8 +4534,6 @@ def test_ctrl_c_ends_a_track(hostile, config):
         "track-a-path": ["track", "../x"],
         "track-to-ftp": ["track", "a", "--endpoint", "ftp://me:secret@h"],
         "track-to-nowhere": ["track", "a", "--endpoint", ""],
-        "preview-two-words": ["preview", "a b"],
-        "preview-nothing": ["preview", ""],
     },
 )
 def test_a_wrong_value_is_told_in_one_line(collector, command, arguments):
@@ -4694,7 +4576,7 @@ def test_reset_deletes_the_fingerprint(collector, state, command):
     done = command("reset")
 
     assert done.returncode == 0
-    assert "Fingerprint deleted; the next command makes a new one.\n" in done.stdout
+    assert "Fingerprint deleted; the next send makes a new one.\n" in done.stdout
     assert names(state) == ["config.toml"]
 
 
@@ -4763,7 +4645,7 @@ def test_what_nobody_foresaw_is_told_in_one_line(capsys, monkeypatch):
     code = trix_telemetry.main(["status"])
 
     assert code == 1
-    assert capsys.readouterr().err == "trix-cli: error: ZeroDivisionError: odd\n"
+    assert capsys.readouterr().err == "trix-cli: error: ZeroDivisionError\n"
 
 
 def test_a_stdout_that_the_host_closed_is_no_traceback(collector):
@@ -4802,26 +4684,23 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped(encoding):
     assert done.stdout.splitlines()[-1] == "strict"
 
 
-def test_help_escapes_what_the_encoding_of_stdout_lacks():
-    code = """
-        trix_telemetry.initialize_telemetry(
-            service_name="\\u0416", service_version="1", endpoint="", prog="\\u0416 usage"
-        )
-        trix_telemetry.main(["--help"])
-    """
-
-    done = run_tool(code, "-X", "utf8=0", env={"PYTHONIOENCODING": "ascii"})
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: \\u0416 usage ")
-
-
 AGAINST = {
     "CI": "true",
     "DO_NOT_TRACK": "1",
     "TRIX_TELEMETRY": "0",
+    "TRIX_TELEMETRY_ENDPOINT": "",
     "http_proxy": "http://127.0.0.1:1",
 }
+
+
+def assert_selftest_passed(done):
+    """The notice on standard error; the body and the answer on standard output."""
+    assert done.returncode == 0, done.stderr
+    assert "sends anonymous usage telemetry: the name of each command,\n" in done.stderr
+    title, body, answer = done.stdout.strip().split("\n", 2)
+    assert title == "The collector received:"
+    assert Point(body).start < Point(body).end
+    assert re.fullmatch(r"\nSent to http://127.0.0.1:\d+/v1/metrics in \d+ ms: HTTP 200", answer)
 
 
 @cases("flags", {"plain": [], "isolated": ["-I", "-S"], "optimized": ["-OO"]})
@@ -4831,27 +4710,8 @@ def test_selftest_passes_where_everything_speaks_against_it(home, flags):
     done = run([sys.executable, *flags, MODULE, "selftest"], env=AGAINST, cwd=home)
 
     home.chmod(0o755)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert_selftest_passed(done)
     assert names(home) == []
-
-
-def test_selftest_shows_the_notice_the_request_and_each_outcome():
-    done = run_command("selftest")
-
-    notice, _, rest = done.stdout.partition("What the collector receives for a command:\n\n")
-    head, _, rest = rest.partition("\n\n")
-    body, _, outcomes = rest.partition("\n}\n")
-    assert "trix-cli sends anonymous usage telemetry: the name of each command,\n" in notice
-    assert head.startswith("POST /v1/metrics HTTP/1.1\n")
-    assert Point(body + "}").command == "build"
-    assert outcomes.splitlines() == [
-        "",
-        "ok  the first run shows the notice and sends",
-        "ok  the second run sends",
-        "ok  DO_NOT_TRACK=1 turns it off",
-        "ok  TRIX_TELEMETRY=0 turns it off",
-        "All passed.",
-    ]
 
 
 def test_selftest_passes_with_any_settings(acme):
@@ -4865,37 +4725,30 @@ def test_selftest_passes_with_any_settings(acme):
 
     done = acme.run("sys.exit(usage.main(['selftest']))", settings)
 
-    assert done.returncode == 0
-    assert done.stdout.endswith("All passed.\n")
+    assert_selftest_passed(done)
     assert "secret" not in done.stdout
-    assert "trix" not in done.stdout.replace("User-Agent: trix-telemetry/3.0.0", "")
+    assert "trix" not in done.stdout
 
 
-def test_selftest_passes_with_a_name_of_an_enumeration(acme):
-    code = """
-        import enum
+@cases("load", LOADERS)
+def test_a_copy_in_memory_has_its_selftest(home, load):
+    assert_selftest_passed(run_loaded(load, "sys.exit(module.main(['selftest']))"))
 
 
-        class Tool(enum.StrEnum):
-            NAME = "acme"
+@cases("failure", {"none": False, "no-standard-error": True})
+def test_selftest_leaves_the_process_as_it_was(config, monkeypatch, collector, failure):
+    config()
+    for name, value in AGAINST.items():
+        monkeypatch.setenv(name, value)
+    if failure:
+        monkeypatch.setattr(sys, "stderr", None)
+    before = (dict(os.environ), threading.enumerate())
 
+    code = trix_telemetry.main(["selftest"])
 
-        usage.initialize_telemetry(service_name=Tool.NAME, service_version="1", endpoint="")
-        sys.exit(usage.main(["selftest"]))
-    """
-
-    done = acme.run(code)
-
-    assert (done.returncode, done.stdout[-13:]) == (0, "\nAll passed.\n")
-
-
-@pytest.mark.parametrize("name", ["my.tool.py", "usage"])
-def test_selftest_passes_under_any_name(home, name):
-    (home / name).write_text(SOURCE, encoding="utf-8")
-
-    done = run([sys.executable, home / name, "selftest"])
-
-    assert (done.returncode, done.stderr) == (0, "")
+    assert code == int(failure)
+    assert (dict(os.environ), threading.enumerate()) == before
+    assert track() is None
 
 
 def test_selftest_fails_where_something_is_broken(home):
@@ -4904,9 +4757,8 @@ def test_selftest_fails_where_something_is_broken(home):
 
     done = run([sys.executable, home / "broken.py", "selftest"])
 
-    assert (done.returncode, done.stderr) == (1, "")
-    assert "FAILED  the first run shows the notice and sends: " in done.stdout
-    assert done.stdout.endswith("Failed.\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(r"\ntrix-cli: error: http.+: ZeroDivisionError\n$", done.stderr)
 
 
 # README.md
@@ -5045,7 +4897,7 @@ def test_a_program_says_nothing_of_trix(readme, home, program, arguments):
     done = readme(program, "telemetry", *arguments)
 
     assert (done.returncode, done.stderr) == (0, "")
-    said = done.stdout.replace("User-Agent: trix-telemetry/3.0.0", "").replace(str(home), "")
+    said = done.stdout.replace("User-Agent: trix-telemetry/4.0.0", "").replace(str(home), "")
     assert "trix" not in said.lower()
     assert not (home / ".tx3").exists()
 
@@ -5076,12 +4928,12 @@ def test_the_request_is_shown_to_the_byte(readme, home):
     directory = home / ".config" / "acme" / "telemetry"
     directory.mkdir(parents=True)
     (directory / "fingerprint").write_text(FINGERPRINT_OF_README)
-    env = {"ACME_TELEMETRY_ENDPOINT": "https://otlp.example.com", "DO_NOT_TRACK": "1"}
+    env = {"ACME_TELEMETRY_ENDPOINT": "https://otlp.example.com"}
 
     done = readme(ARGPARSE, "telemetry", "preview", env=env)
 
     shown_head, _, shown_body = done.stdout.partition("\n\n")
-    assert shown_head == head
+    assert shown_head == f"acme: telemetry would send\n{head}"
     assert f"Content-Length: {len(body)}" in head
     time_digits = r'(?<=Nano":")\d{19}'
     assert re.sub(time_digits, "", shown_body) == re.sub(time_digits, "", body) + "\n"
