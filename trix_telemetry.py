@@ -471,7 +471,7 @@ def make_directory(path: str) -> None:
     # The root of a drive that is not there is its own parent.
     if parent != path:
         make_directory(parent)
-    # It gives the mode to the last directory alone.
+    # makedirs gives the mode to the last directory alone.
     os.makedirs(path, 0o700, exist_ok=True)
 
 
@@ -548,7 +548,7 @@ class Storage:
         return stored if is_hex and len(stored) <= 64 else ""
 
     def write_fingerprint(self, fingerprint: str) -> None:
-        """Store a fingerprint, if the disk can be written and no valid one is there."""
+        """Store a fingerprint where there is no valid one. Raise OSError."""
         data = fingerprint.encode()
         try:
             write_file(self.fingerprint_path, data, link_file)
