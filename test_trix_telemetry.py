@@ -4648,6 +4648,19 @@ def test_what_nobody_foresaw_is_told_in_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "trix-cli: error: ZeroDivisionError\n"
 
 
+def test_a_stderr_of_a_hosts_own_class_is_no_traceback(collector):
+    code = """
+        import io
+
+        sys.stderr = io.BytesIO()
+        sys.exit(trix_telemetry.main(["track", "../x"]))
+    """
+
+    done = run_tool(code)
+
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
 def test_a_stdout_that_the_host_closed_is_no_traceback(collector):
     done = run_tool("sys.stdout.close()\nsys.exit(trix_telemetry.main(['status']))")
 

@@ -1173,8 +1173,8 @@ def show(text: str) -> None:
 def show_error(text: str) -> None:
     try:
         write_stderr(text)
-    except (OSError, ValueError):
-        # It is closed, and there is no other place.
+    except Exception:
+        # It is closed, or of a class of the host's own, and there is no other place.
         pass
 
 
