@@ -1,5 +1,5 @@
-"""Every promise of trix_telemetry, in the order of its sections, met by real files, processes and
-sockets in a temporary home. `-m bench -s` measures."""
+"""The contract of trix_telemetry, each promise once, in the order of the file's sections: with real
+files in a temporary home, processes, and servers on loopback. `-m bench -s` measures."""
 
 import http.server
 import importlib.util
@@ -23,7 +23,6 @@ import textwrap
 import threading
 import time
 import tomllib
-import urllib.parse
 import zipfile
 
 import pytest
@@ -64,70 +63,53 @@ def cases(arguments, table):
     return pytest.mark.parametrize(arguments, parameters)
 
 
-# Helpers: a collector, a home, a tool
+# Helpers: a home, a collector, a tool
 
 
-class Collector:
-    """A real OTLP/HTTP collector on loopback: keeps each request, answers as it is told."""
-
-    def __init__(self, tls=None):
-        self.requests = []
-        self.answer = (200, {"Content-Type": "application/json"}, b"{}")
-        collector = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                collector.requests.append((self.requestline, dict(self.headers), body))
-                status, headers, answer = collector.answer
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = serve(http.server.ThreadingHTTPServer, Handler, tls)
-        self.port = self.server.server_address[1]
-        scheme = "https" if tls else "http"
-        self.url = f"{scheme}://127.0.0.1:{self.port}"
-
-    @property
-    def points(self):
-        return [Point(body) for _, _, body in self.requests]
-
-    @property
-    def commands(self):
-        return [point.command for point in self.points]
-
-    @property
-    def users(self):
-        return {point.resource["user.fingerprint"] for point in self.points}
-
-    @property
-    def paths(self):
-        return [line.split()[1] for line, _, _ in self.requests]
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+servers = []
 
 
-class Point:
-    """The one data point of a body."""
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A home, an environment and a session of its own for each test, which ends its servers."""
+    own = ("TRIX_", "ACME_", "SSL_CERT_", "OTEL_", "XDG_", "PYTHOND", "PYTHONU", "PYTHONW")
+    for name in list(os.environ):
+        if name.upper().endswith("_PROXY") or name.startswith((*own, "CI", "DO_NOT_TRACK")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # Windows keeps a tool's files below APPDATA: here, in the place that they have elsewhere.
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("APPDATA", str(tmp_path / ".config"))
+    monkeypatch.setattr(trix_telemetry, "current_settings", trix_telemetry.Settings())
+    monkeypatch.setattr(trix_telemetry, "current_session", None)
+    yield tmp_path
+    while servers:
+        server = servers.pop()
+        server.shutdown()
+        server.server_close()
 
-    def __init__(self, body):
-        resource = json.loads(body)["resourceMetrics"][0]
-        attributes = resource["resource"]["attributes"]
-        self.resource = {each["key"]: each["value"]["stringValue"] for each in attributes}
-        self.metric = resource["scopeMetrics"][0]["metrics"][0]
-        self.data = self.metric["sum"]["dataPoints"][0]
-        self.command = self.data["attributes"][0]["value"]["stringValue"]
-        self.start = int(self.data["startTimeUnixNano"])
-        self.end = int(self.data["timeUnixNano"])
+
+@pytest.fixture
+def state(home):
+    """The directory of Trix, which may not exist yet."""
+    return home / ".tx3" / "trix"
+
+
+@pytest.fixture
+def config(state):
+    """Writes config.toml: its text, or the settings of its table beside `enabled = true`."""
+
+    def write(text=None, **settings):
+        if text is None:
+            lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+            text = "".join([ON, *lines])
+        state.mkdir(parents=True, exist_ok=True)
+        path = state / "config.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
 
 
 def serve(kind, handler, tls=None):
@@ -150,89 +132,75 @@ def serve(kind, handler, tls=None):
             pass
 
     server = Server(("127.0.0.1", 0), handler)
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    scheme = "https" if tls else "http"
+    server.url = f"{scheme}://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
+    servers.append(server)
     return server
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """A home, an environment and a session of its own for each test."""
-    own = ("TRIX_", "ACME_", "SSL_CERT_", "OTEL_", "XDG_", "PYTHOND", "PYTHONU", "PYTHONW")
-    for name in list(os.environ):
-        if name.upper().endswith("_PROXY") or name.startswith((*own, "CI", "DO_NOT_TRACK")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    # Windows keeps a tool's files below APPDATA: here, in the place that they have elsewhere.
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    monkeypatch.setenv("APPDATA", str(tmp_path / ".config"))
-    monkeypatch.setattr(trix_telemetry, "current_settings", trix_telemetry.Settings())
-    monkeypatch.setattr(trix_telemetry, "current_session", None)
-    return tmp_path
+class Collector:
+    """A real OTLP/HTTP collector on loopback: keeps each request, answers as it is told."""
+
+    def __init__(self, tls=None):
+        self.requests = []
+        self.answer = (200, {"Content-Type": "application/json"}, b"{}")
+        collector = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                collector.requests.append((self.path, dict(self.headers), body))
+                status, headers, answer = collector.answer
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *args):
+                pass
+
+        self.url = serve(http.server.ThreadingHTTPServer, Handler, tls).url
+
+    @property
+    def points(self):
+        return [Point(body) for _, _, body in self.requests]
+
+    @property
+    def commands(self):
+        return [point.command for point in self.points]
+
+    @property
+    def users(self):
+        return {point.resource["user.fingerprint"] for point in self.points}
+
+    @property
+    def paths(self):
+        return [path for path, _, _ in self.requests]
+
+
+class Point:
+    """The one data point of a body."""
+
+    def __init__(self, body):
+        resource = json.loads(body)["resourceMetrics"][0]
+        attributes = resource["resource"]["attributes"]
+        self.resource = {each["key"]: each["value"]["stringValue"] for each in attributes}
+        self.metric = resource["scopeMetrics"][0]["metrics"][0]
+        self.data = self.metric["sum"]["dataPoints"][0]
+        self.command = self.data["attributes"][0]["value"]["stringValue"]
+        self.start = int(self.data["startTimeUnixNano"])
+        self.end = int(self.data["timeUnixNano"])
 
 
 @pytest.fixture
-def state(home):
-    """The directory of Trix, which may not exist yet."""
-    return home / ".tx3" / "trix"
-
-
-@pytest.fixture
-def new_collector():
-    """Starts collectors."""
-    collectors = []
-
-    def start():
-        collectors.append(Collector())
-        return collectors[-1]
-
-    yield start
-    for collector in collectors:
-        collector.close()
-
-
-@pytest.fixture
-def collector(new_collector, monkeypatch):
+def collector(monkeypatch):
     """The collector that the environment names as the endpoint of Trix."""
-    collector = new_collector()
+    collector = Collector()
     monkeypatch.setenv(ENDPOINT, collector.url)
     return collector
-
-
-@pytest.fixture
-def hostile():
-    """Starts servers that speak with each connection by a function."""
-    servers = []
-
-    def start(speak):
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self):
-                speak(self.request)
-
-        servers.append(serve(socketserver.ThreadingTCPServer, Handler))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def config(state):
-    """Writes config.toml: its text, or the settings of its table beside `enabled = true`."""
-
-    def write(text=None, **settings):
-        if text is None:
-            lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
-            text = "".join([ON, *lines])
-        state.mkdir(parents=True, exist_ok=True)
-        path = state / "config.toml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write
 
 
 def track(name="build"):
@@ -242,6 +210,25 @@ def track(name="build"):
         thread.join(LONG)
         assert not thread.is_alive()
     return thread
+
+
+def initialize(endpoint="http://127.0.0.1:9", **settings):
+    """Make this process the tool acme."""
+    required = {"service_name": "acme", "service_version": "1", "endpoint": endpoint}
+    trix_telemetry.initialize_telemetry(**{**required, **settings})
+
+
+@pytest.fixture
+def command(capfd):
+    """Runs the command line in this process."""
+
+    def run_here(*arguments):
+        capfd.readouterr()
+        code = trix_telemetry.main(list(arguments))
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return run_here
 
 
 TRACK = """
@@ -265,15 +252,15 @@ def run(command, **options):
     return subprocess.run([str(part) for part in command], env=env, check=False, **options)
 
 
+def run_tool(code=TRACK, *flags, arguments=(), **options):
+    """Run a tool: a process that has imported the module and ends right after its code."""
+    return run([sys.executable, *flags, "-c", script(code), *arguments], **options)
+
+
 def start_tool(code=TRACK, **options):
     """Start a tool, and do not wait for its end."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen([sys.executable, "-c", script(code)], **options)
-
-
-def run_tool(code=TRACK, *flags, arguments=(), **options):
-    """Run a tool: a process that has imported the module and ends right after its code."""
-    return run([sys.executable, *flags, "-c", script(code), *arguments], **options)
 
 
 def run_command(*arguments, **options):
@@ -286,10 +273,10 @@ def assert_silent(done):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def assert_error(done, pattern):
+def assert_error(done, pattern, tool="trix-cli"):
     """A command failed, and said why in one line."""
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(f"trix-cli: error: {pattern}\n", done.stderr), done.stderr
+    assert re.fullmatch(f"{tool}: error: {pattern}\n", done.stderr), done.stderr
 
 
 def first_line(done):
@@ -298,133 +285,6 @@ def first_line(done):
 
 def names(path):
     return sorted(each.name for each in path.iterdir())
-
-
-# Loading the file
-
-
-IMPORT_AND_TRACK = """
-import os
-import sys
-import time
-
-before = set(sys.modules)
-sys.path.insert(0, sys.argv[1])
-import trix_telemetry
-
-assert trix_telemetry.track_command_execution("build") is None
-print(sorted(set(sys.modules) - before))
-"""
-
-
-def test_where_telemetry_is_off_no_other_module_is_imported(config, collector):
-    config(OFF)
-
-    done = run([sys.executable, "-I", "-S", "-c", IMPORT_AND_TRACK, HERE])
-
-    assert (done.stdout, done.stderr) == ("['trix_telemetry']\n", "")
-    assert collector.requests == []
-
-
-LOADERS = {
-    "exec-with-nothing": """
-        space = {}
-        exec(source, space)
-        module = types.SimpleNamespace(**space)
-    """,
-    "a-new-module": """
-        module = types.ModuleType("usage")
-        exec(source, module.__dict__)
-    """,
-    "an-importer-of-its-own": """
-        class Finder:
-            def find_spec(name, path, target=None):
-                if name == "usage":
-                    return importlib.machinery.ModuleSpec(name, Finder)
-
-            def create_module(spec):
-                return None
-
-            def exec_module(module):
-                exec(source, module.__dict__)
-
-
-        sys.meta_path.insert(0, Finder)
-        import usage as module
-    """,
-}
-
-
-def run_loaded(load, code):
-    """Run code with the module loaded from memory."""
-    program = f"""
-import importlib.machinery
-import sys
-import types
-
-source = open(sys.argv[1]).read()
-{textwrap.dedent(load)}
-{code}
-"""
-    return run([sys.executable, "-c", program, MODULE])
-
-
-@cases("load", LOADERS)
-def test_a_copy_in_memory_counts(collector, load):
-    done = run_loaded(load, "module.track_command_execution('build')")
-
-    assert (done.returncode, done.stdout) == (0, "")
-    assert collector.commands == ["build"]
-
-
-@cases("load", LOADERS)
-@pytest.mark.parametrize("command", ["status", "preview", "disable"])
-def test_a_copy_in_memory_has_its_commands(collector, load, command):
-    done = run_loaded(load, f"sys.exit(module.main([{command!r}]))")
-
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-# Settings: a tool is itself
-
-
-VENDORED = """
-import json
-
-from acme._vendor import usage
-
-settings = {"service_name": "acme", "service_version": "3", "endpoint": sys.argv[1]}
-usage.initialize_telemetry(**settings, **json.loads(sys.argv[2]))
-usage.track_command_execution("build")
-"""
-
-
-@pytest.fixture
-def acme(home, new_collector):
-    """A tool that copied the file, in a home in which Trix is on, with a collector of its own."""
-    vendor = home / "lib" / "acme" / "_vendor"
-    vendor.mkdir(parents=True)
-    (vendor / "usage.py").write_text(SOURCE, encoding="utf-8")
-    for package in (vendor, vendor.parent):
-        (package / "__init__.py").touch()
-    trix = home / ".tx3" / "trix"
-    trix.mkdir(parents=True)
-    (trix / "config.toml").write_text(f'{ON}otlp_endpoint = "http://127.0.0.1:9"\n')
-    (trix / "fingerprint").write_text("0123456789abcdef")
-    return Acme(home, new_collector())
-
-
-class Acme:
-    def __init__(self, home, collector):
-        self.library = home / "lib"
-        self.directory = home / ".config" / "acme" / "telemetry"
-        self.collector = collector
-
-    def run(self, code="", settings=None, url=None, **options):
-        """Run the tool, which counts build, with more code and more settings."""
-        program = script(VENDORED + textwrap.dedent(code), "acme", self.library)
-        url = self.collector.url if url is None else url
-        return run([sys.executable, "-c", program, url, json.dumps(settings or {})], **options)
 
 
 def read_tree(directory):
@@ -437,351 +297,139 @@ def read_tree(directory):
     return tree
 
 
-def test_a_tool_leaves_the_files_of_trix_alone_and_makes_its_own(acme, state):
-    before = read_tree(state)
-
-    done = acme.run()
-
-    assert done.returncode == 0
-    assert read_tree(state) == before
-    assert names(acme.directory) == ["config.toml", "fingerprint"]
+# Loading the file
 
 
-def test_a_tool_neither_sends_nor_writes_nor_says_a_word_of_trix(acme, home):
-    done = acme.run("print(usage.main(['status']), usage.main(['--help']))")
+OFF_COSTS = """
+import os
+import sys
+import time
 
-    ((_, headers, body),) = acme.collector.requests
-    assert headers.pop("User-Agent") == "trix-telemetry/4.0.0"
-    shown = f"{done.stdout}{done.stderr}{headers}{body}{read_tree(acme.directory)}"
-    assert "trix" not in shown.replace(str(home), "").lower()
+sys.path.insert(0, sys.argv[1])
+before = set(sys.modules)
+import trix_telemetry
 
-
-def test_without_prog_the_texts_name_the_variables_and_the_file(acme):
-    done = acme.run("usage.main(['status'])")
-
-    assert "ACME_TELEMETRY=0 or DO_NOT_TRACK=1" in done.stderr
-    assert str(acme.directory / "config.toml") in done.stderr
-    assert "  Change       `enabled` in the config\n" in done.stdout
-    assert "python -m" not in done.stdout + done.stderr
+opened = []
+sys.addaudithook(lambda event, arguments: event == "open" and opened.append(arguments[0]))
+assert trix_telemetry.track_command_execution("build") is None
+print(sorted(set(sys.modules) - before), *opened)
+"""
 
 
-def test_docs_url_is_shown_in_the_notice_and_in_status(acme):
-    done = acme.run("usage.main(['status'])", {"docs_url": "https://acme.example/usage"})
+def test_off_costs_one_file_that_is_opened_and_no_import(config, collector):
+    path = config(OFF)
 
-    assert done.stderr.endswith("  Read more: https://acme.example/usage\n")
-    assert done.stdout.endswith("  Read more    https://acme.example/usage\n")
+    done = run([sys.executable, "-I", "-S", "-c", OFF_COSTS, HERE])
 
-
-def test_prog_of_main_is_shown(acme):
-    done = acme.run("usage.main([], prog='acme usage')")
-
-    assert "  Change       acme usage enable, acme usage disable\n" in done.stdout
-
-
-def test_the_version_is_that_of_the_telemetry(acme):
-    done = acme.run("usage.main(['--version'])")
-
-    assert done.stdout == "telemetry 4.0.0\n"
-
-
-def test_metric_name_and_directory_can_be_given(acme, home):
-    acme.run(settings={"metric_name": "runs", "directory": str(home / "own")})
-
-    assert acme.collector.points[0].metric["name"] == "runs"
-    assert names(home / "own") == ["config.toml", "fingerprint"]
-
-
-def test_a_directory_can_be_a_path(collector, home):
-    directory = home / "own"
-    trix_telemetry.initialize_telemetry(
-        service_name="acme", service_version="1", endpoint=collector.url, directory=directory
-    )
-
-    track()
-
-    assert names(directory) == ["config.toml", "fingerprint"]
+    assert (done.stdout, done.stderr) == (f"['trix_telemetry'] {path}\n", "")
 
 
 @cases(
-    "variables",
-    {
-        "off": {"MY_USAGE": "0"},
-        "endpoint": {"MY_USAGE_ENDPOINT": ""},
-        "debug": {"MY_USAGE_DEBUG": "1"},
-    },
+    "flags",
+    {"isolated": ["-I", "-S"], "optimized": ["-OO"], "strict": ["-X", "dev", "-W", "error"]},
 )
-def test_environment_can_be_given(acme, variables):
-    acme.run(settings={"environment": "MY_USAGE"}, env=variables)
+def test_any_way_to_run_python_counts(collector, config, flags):
+    config(EDITED_CONFIG)
 
-    assert acme.collector.requests == []
-
-
-def test_a_name_outside_of_commands_is_not_counted(acme):
-    code = "usage.track_command_execution('test')"
-
-    acme.run(code, {"commands": ["test"]})
-
-    assert acme.collector.commands == ["test"]
-
-
-def test_track_names_a_command_outside_of_commands(acme):
-    done = acme.run("sys.exit(usage.main(['track', 'other']))", {"commands": ["test"]})
-
-    assert done.returncode == 1
-    assert done.stderr == "acme: error: other is not among the tool's commands\n"
-
-
-@cases(
-    "commands",
-    {
-        "not-the-first": ["a name", "build"],
-        "not-the-alphabetically-first": ["db:migrate", "serve"],
-        "not-text": ["a", None],
-    },
-)
-def test_status_takes_a_name_of_commands_that_can_be_counted(acme, commands):
-    done = acme.run("usage.main(['status'])", {"commands": commands})
-
-    assert first_line(done) == "Telemetry of acme is on"
-
-
-def test_status_as_json_names_a_tool_whose_name_is_no_text(home, capsys):
-    trix_telemetry.initialize_telemetry(service_name=b"x", service_version="1", endpoint="")
-
-    code = trix_telemetry.main(["status", "--json"])
-
-    facts = json.loads(capsys.readouterr().out)
-    assert (code, facts["tool"]) == (1, "b'x'")
-    assert facts["reason"] == "service_name of the tool must be one line of text"
-
-
-@pytest.mark.parametrize("name", ["enable", "disable", "reset"])
-def test_a_person_decides_whatever_else_the_vendor_got_wrong(home, capsys, name):
-    trix_telemetry.initialize_telemetry(
-        service_name="acme",
-        service_version=None,
-        endpoint=5,
-        commands="build",
-        directory=home / "own",
-    )
-
-    code = trix_telemetry.main([name])
-
-    out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
-    assert out.startswith(("Telemetry enabled", "Telemetry disabled", "No fingerprint"))
-
-
-def test_opt_in_makes_and_says_nothing(acme):
-    done = acme.run(settings={"opt_in": True})
+    done = run_tool(TRACK, *flags)
 
     assert_silent(done)
-    assert not acme.directory.exists()
-    assert acme.collector.requests == []
-
-
-def test_opt_in_is_on_after_enable(acme):
-    code = """
-        usage.main(["status"])
-        usage.main(["enable"])
-        usage.track_command_execution("test")
-    """
-
-    done = acme.run(code, {"opt_in": True})
-
-    assert first_line(done).startswith("Telemetry of acme is off: it is opt-in, and ")
-    assert acme.collector.commands == ["test"]
-
-
-SECRET = {"headers": {"Authorization": "secret", "Host": "x"}}
-
-
-def test_headers_go_to_the_endpoint_of_the_tool(acme):
-    acme.run(settings=SECRET)
-
-    ((_, headers, _),) = acme.collector.requests
-    assert headers["Authorization"] == "secret"
-    assert headers["Host"] == acme.collector.url.removeprefix("http://")
-
-
-def test_headers_do_not_go_to_the_endpoint_of_the_environment(acme):
-    env = {"ACME_TELEMETRY_ENDPOINT": acme.collector.url}
-
-    acme.run(settings=SECRET, url="http://127.0.0.1:9", env=env)
-
-    ((_, headers, _),) = acme.collector.requests
-    assert "Authorization" not in headers
-
-
-def test_headers_do_not_go_to_the_endpoint_of_the_config(acme):
-    acme.directory.mkdir(parents=True)
-    path = acme.directory / "config.toml"
-    path.write_text(f'{ON}otlp_endpoint = "{acme.collector.url}"\n')
-
-    acme.run(settings=SECRET, url="http://127.0.0.1:9")
-
-    ((_, headers, _),) = acme.collector.requests
-    assert "Authorization" not in headers
-
-
-@pytest.mark.parametrize("command", [["preview"], ["status"], ["status", "--json"]])
-def test_headers_are_not_shown(acme, command):
-    done = acme.run(f"usage.main({command})", SECRET)
-
-    assert "secret" not in done.stdout + done.stderr
-
-
-def test_debug_hides_the_headers(acme):
-    done = acme.run(settings=SECRET, env={"ACME_TELEMETRY_DEBUG": "1"})
-
-    assert "Authorization: (hidden)\n" in done.stderr
-    assert "secret" not in done.stderr
-
-
-SLUGS = {
-    "two-words": ("My Tool/2.0", "my_tool_2_0"),
-    "umlauts": ("\u00fcml\u00e4ut", "_ml_ut"),
-    "a-path": ("../../etc", "______etc"),
-    "long": ("x" * 200, "x" * 200),
-}
-
-
-@cases(("service_name", "slug"), SLUGS)
-def test_metric_directory_and_variable_follow_from_the_name(
-    collector, home, monkeypatch, service_name, slug
-):
-    trix_telemetry.initialize_telemetry(
-        service_name=service_name, service_version="1", endpoint=collector.url
-    )
-
-    track()
-    monkeypatch.setenv(f"{slug.upper()}_TELEMETRY", "0")
-    track()
-
-    (point,) = collector.points
-    assert point.metric["name"] == f"{slug}_command_invocation"
-    assert names(home) == [".config"]
-    assert names(home / ".config") == [slug]
+    assert collector.commands == ["build"]
 
 
 @cases(
-    ("base", "made"),
+    "load",
     {
-        "absolute": ("{home}/xdg", "xdg"),
-        "a-wide-space": ("{home}/x\u3000", "x\u3000"),
-        "relative": ("xdg", ".config"),
+        "exec-with-nothing": """
+            space = {}
+            exec(source, space)
+            track = space["track_command_execution"]
+        """,
+        "a-new-module": """
+            module = types.ModuleType("usage")
+            exec(source, module.__dict__)
+            track = module.track_command_execution
+        """,
+        "an-importer-of-its-own": """
+            class Finder:
+                def find_spec(name, path, target=None):
+                    if name == "usage":
+                        return importlib.machinery.ModuleSpec(name, Finder)
+
+                def create_module(spec):
+                    return None
+
+                def exec_module(module):
+                    exec(source, module.__dict__)
+
+
+            sys.meta_path.insert(0, Finder)
+            from usage import track_command_execution as track
+        """,
     },
 )
-def test_xdg_config_home_counts_where_it_is_absolute(collector, home, monkeypatch, base, made):
-    monkeypatch.chdir(home)
-    monkeypatch.setenv("XDG_CONFIG_HOME", base.format(home=home))
-    trix_telemetry.initialize_telemetry(
-        service_name="acme", service_version="1", endpoint=collector.url
-    )
+def test_a_copy_in_memory_counts(collector, config, load):
+    config()
+    program = f"""
+import importlib.machinery
+import sys
+import types
 
-    track()
+source = open(sys.argv[1]).read()
+{textwrap.dedent(load)}
+track("build")
+"""
 
-    assert names(home) == [made]
+    done = run([sys.executable, "-c", program, MODULE])
 
-
-def test_a_tool_that_names_no_directory_has_the_one_of_the_system(collector, home, monkeypatch):
-    monkeypatch.setenv("APPDATA", str(home / "Roaming"))
-    trix_telemetry.initialize_telemetry(
-        service_name="acme", service_version="1", endpoint=collector.url
-    )
-
-    track()
-
-    base = "Roaming" if os.name == "nt" else ".config"
-    assert names(home / base / "acme" / "telemetry") == ["config.toml", "fingerprint"]
+    assert_silent(done)
+    assert collector.commands == ["build"]
 
 
-@pytest.fixture
-def edited_copy(acme):
-    """The copy of acme, with the values at its top edited."""
-    values = {
-        "service_name": "acme",
-        "service_version": "3",
-        "endpoint": acme.collector.url,
-        "metric_name": "acme_runs",
-        "directory": "~/.acme",
-        "environment": "ACME_USAGE",
-        "prog": "python -m acme._vendor.usage",
-    }
-    text = SOURCE
-    for name, value in values.items():
-        pattern = rf'(?m)^    {name}(: ".*")? = ".*"'
-        text, count = re.subn(pattern, f'    {name} = "{value}"', text)
-        assert count == 1
-    path = acme.library / "acme" / "_vendor" / "usage.py"
-    path.write_text(text, encoding="utf-8")
-    return acme
-
-
-def test_a_copy_with_its_values_edited_counts(edited_copy, home):
-    code = """
-        from acme._vendor import usage
-
-        usage.track_command_execution("build")
-    """
-
-    done = run([sys.executable, "-c", script(code, "acme", edited_copy.library)])
-
-    (point,) = edited_copy.collector.points
-    assert point.metric["name"] == "acme_runs"
-    assert point.resource["service.name"] == "acme"
-    assert names(home / ".acme") == ["config.toml", "fingerprint"]
-    assert "python -m acme._vendor.usage disable" in done.stderr
-
-
-@pytest.mark.parametrize("command", ["status", "disable"])
-def test_a_copy_with_its_values_edited_has_its_commands(edited_copy, command):
-    env = {"PYTHONPATH": str(edited_copy.library)}
-
-    done = run([sys.executable, "-m", "acme._vendor.usage", command], env=env)
-
-    assert (done.returncode, done.stderr) == (0, "")
+# Checks: settings of the vendor, command names, endpoints, headers
 
 
 WRONG_SETTINGS = {
+    "service_name-bytes": ("service_name", b"x"),
+    "service_name-empty": ("service_name", ""),
+    "service_name-a-zero": ("service_name", "a\0"),
+    "service_version-none": ("service_version", None),
+    "metric_name-a-list": ("metric_name", []),
+    "environment-empty": ("environment", ""),
     "endpoint-a-number": ("endpoint", 5),
     "endpoint-no-text": ("endpoint", "\ud800"),
     "endpoint-ftp": ("endpoint", "ftp://me:secret@h"),
-    "service_name-bytes": ("service_name", b"x"),
-    "service_name-empty": ("service_name", ""),
-    "service_name-none": ("service_name", None),
-    "service_name-a-zero": ("service_name", "a\0"),
-    "service_version-a-number": ("service_version", 1.0),
-    "service_version-none": ("service_version", None),
-    "metric_name-a-list": ("metric_name", []),
+    "prog-two-lines": ("prog", "a\nb"),
+    "docs_url-a-number": ("docs_url", 3),
     "directory-a-number": ("directory", 7),
-    "directory-a-zero": ("directory", "/a\0"),
     "directory-bytes": ("directory", b"/a"),
     "directory-relative": ("directory", "relative"),
-    "directory-empty": ("directory", ""),
-    "directory-an-object": ("directory", object()),
-    "environment-empty": ("environment", ""),
-    "prog-a-number": ("prog", 5),
-    "prog-two-lines": ("prog", "a\nb"),
+    "directory-a-zero": ("directory", "/a\0"),
     "commands-a-text": ("commands", "build"),
-    "commands-a-number": ("commands", 5),
     "commands-without-a-name": ("commands", ["db:migrate", 1]),
-    "commands-a-generator": ("commands", (name for name in ["build"])),
     "headers-a-list": ("headers", ["a"]),
     "headers-with-a-number": ("headers", {"a": 1}),
-    "docs_url-a-number": ("docs_url", 3),
     "opt_in-a-text": ("opt_in", "no"),
 }
 
 
-def initialize_wrongly(name, value):
-    settings = {"service_name": "acme", "service_version": "1", "endpoint": "http://127.0.0.1:9"}
-    trix_telemetry.initialize_telemetry(**{**settings, name: value})
-
-
 @cases(("name", "value"), WRONG_SETTINGS)
+def test_a_setting_that_cannot_be_used_is_named_by_status(command, name, value):
+    initialize(**{name: value})
+
+    done = command("status")
+
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.match(f"Telemetry of .* is off: {name} of the tool must be ", done.stdout)
+    assert "secret" not in done.stdout
+
+
+@cases(
+    ("name", "value"),
+    {"text": ("service_version", None), "path": ("directory", object()), "set": ("commands", 5)},
+)
 def test_a_setting_that_cannot_be_used_sends_makes_and_says_nothing(home, capfd, name, value):
-    initialize_wrongly(name, value)
+    initialize(**{name: value})
 
     thread = track()
 
@@ -790,52 +438,48 @@ def test_a_setting_that_cannot_be_used_sends_makes_and_says_nothing(home, capfd,
     assert names(home) == []
 
 
-@cases(("name", "value"), WRONG_SETTINGS)
-def test_status_names_a_setting_that_cannot_be_used(capfd, name, value):
-    initialize_wrongly(name, value)
+@pytest.mark.parametrize("arguments", [["preview"], ["track", "build"], ["selftest"]])
+def test_a_setting_that_cannot_be_used_is_an_error_of_a_command(command, arguments):
+    initialize(service_version=None)
 
-    code = trix_telemetry.main(["status"])
+    done = command(*arguments)
 
-    out = capfd.readouterr().out
-    assert code == 1
-    assert re.match(f"Telemetry of .* is off: {name} of the tool must be ", out), out
-    assert "secret" not in out
+    assert_error(done, "service_version of the tool must be one line of text", "acme")
 
 
-@cases(("name", "value"), WRONG_SETTINGS)
-def test_no_command_fails_with_a_traceback_for_a_wrong_setting(capfd, name, value):
-    initialize_wrongly(name, value)
+@pytest.mark.parametrize("name", ["enable", "disable", "reset"])
+def test_a_person_decides_whatever_else_the_vendor_got_wrong(home, command, name):
+    initialize(endpoint=5, service_version=None, commands="build", directory=home / "own")
 
-    for command in (["enable"], ["preview"], ["track", "a"], ["reset"]):
-        assert trix_telemetry.main(command) in (0, 1)
+    done = command(name)
 
-    assert "Traceback" not in capfd.readouterr().err
-
-
-# Checks: command names, endpoints, headers, config.toml
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(("Telemetry enabled", "Telemetry disabled", "No fingerprint"))
 
 
-ODD_NAMES = {
-    "none": None,
-    "a-number": 7,
-    "bytes": b"build",
-    "a-list": ["build"],
-    "an-object": object(),
-    "empty": "",
-    "an-address": "me@example.com",
-    "a-path": "/etc/passwd",
-    "two-words": "a b",
-    "a-line-break": "build\n",
-    "a-zero": "a\0",
-    "begins-with-a-digit": "1a",
-    "begins-with-a-dash": "-a",
-    "65-letters": "a" * 65,
-    "a-cyrillic-letter": "b\u0443ild",
-    "a-wide-letter": "\uff42uild",
-}
+@pytest.mark.parametrize("name", ["a", "Remote-add_2", "x" * 64])
+def test_a_command_name_is_a_letter_and_63_more(collector, config, name):
+    config()
+
+    track(name)
+
+    assert collector.commands == [name]
 
 
-@cases("name", ODD_NAMES)
+@cases(
+    "name",
+    {
+        "none": None,
+        "bytes": b"build",
+        "empty": "",
+        "an-address": "me@example.com",
+        "a-line-break": "build\n",
+        "begins-with-a-digit": "1a",
+        "begins-with-a-dash": "-a",
+        "65-letters": "a" * 65,
+        "a-cyrillic-letter": "b\u0443ild",
+    },
+)
 def test_what_is_no_command_name_is_dropped_whole(collector, home, capfd, name):
     thread = track(name)
 
@@ -844,108 +488,51 @@ def test_what_is_no_command_name_is_dropped_whole(collector, home, capfd, name):
     assert names(home) == []
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_generated_name_is_taken_where_the_pattern_of_the_contract_takes_it(seed):
-    dice = random.Random(seed)
-    pattern = re.compile("[A-Za-z][A-Za-z0-9_-]{0,63}")
-
-    for _ in range(200):
-        length = dice.choice([0, 1, 2, 5, 64, 65])
-        name = "".join(dice.choices("aZ09_-. \u00e9\n/", k=length))
-        is_taken = True
-        try:
-            trix_telemetry.check_command(name, None)
-        except trix_telemetry.NotSent:
-            is_taken = False
-        assert is_taken == bool(pattern.fullmatch(name)), name
-
-
 @cases(
     ("base", "url"),
     {
         "host": ("http://h", "http://h/v1/metrics"),
-        "port-and-path": ("https://h:8443/otlp/", "https://h:8443/otlp/v1/metrics"),
-        "two-slashes": ("http://h//", "http://h/v1/metrics"),
+        "port-and-path": ("https://h:8443/otlp//", "https://h:8443/otlp/v1/metrics"),
         "there-already": ("http://h/a/v1/metrics/", "http://h/a/v1/metrics"),
         "a-host-named-v1": ("http://v1/metrics", "http://v1/metrics/v1/metrics"),
         "ipv6": ("http://[::1]:4318", "http://[::1]:4318/v1/metrics"),
-        "capitals": ("HTTP://H", "http://H/v1/metrics"),
     },
 )
 def test_the_path_is_appended_once(base, url):
     assert trix_telemetry.parse_endpoint(base, "x") == url
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_generated_endpoint_has_neither_user_info_nor_query_nor_fragment(seed):
-    dice = random.Random(seed)
-    parts = ["http", "https", "://", "h", "@", ":", "80", "/", "?", "#", "[", "::1", "]", ".", "\\"]
-
-    for _ in range(250):
-        start = dice.choice(["", "http://", "https://h"])
-        base = start + "".join(dice.choices(parts, k=4))
-        try:
-            url = trix_telemetry.parse_endpoint(base, "x")
-        except trix_telemetry.InvalidSetting:
-            continue
-        parsed = urllib.parse.urlsplit(url)
-        assert (parsed.username, parsed.query, parsed.fragment) == (None, "", ""), base
-
-
-BAD_ENDPOINTS = {
-    "file": "file:///etc/passwd",
-    "ftp": "ftp://example.com",
-    "no-scheme": "example.com:4318",
-    "no-host": "http://",
-    "relative": "//example.com",
-    "path-alone": "http:///v1/metrics",
-    "user-info": "https://me:secret@example.com",
-    "empty-user-info": "http://@example.com",
-    "user-info-with-a-query": "https://u:SE?CRET@h",
-    "user-info-with-slashes": "https://u:SECRET//x@h",
-    "space-before": " http://h",
-    "space-within": "http://exam ple.com",
-    "line-break": "http://h\n",
-    "line-break-in-the-path": "http://h/\n",
-    "port-too-large": "http://h:99999",
-    "port-a-word": "http://h:http",
-    "port-zero": "http://h:0",
-    "port-arabic": "http://h:\u0661",
-    "open-bracket": "http://[::1",
-    "query": "http://h/?token=1",
-    "empty-query": "http://h?",
-    "fragment": "http://h/#a",
-    "umlaut-in-the-host": "http://\u00fcber.example",
-    "umlaut-in-the-path": "http://h/\u00e4",
-    "star": "http://*",
-}
-
-
-@cases("base", BAD_ENDPOINTS)
-def test_a_bad_endpoint_in_the_config_is_off_and_named(config, capfd, base):
-    config(otlp_endpoint=base)
-    track()
-
-    code = trix_telemetry.main(["status"])
-
-    told = "".join(capfd.readouterr())
-    assert code == 1
-    assert "is off: telemetry.otlp_endpoint must be an http or https base URL with a host" in told
-    assert base.strip() not in told
-
-
-@cases("base", BAD_ENDPOINTS)
-def test_a_bad_endpoint_in_the_variable_is_off_and_named(config, capfd, monkeypatch, base):
+@cases(
+    "base",
+    {
+        "file": "file:///etc/passwd",
+        "no-scheme": "example.com:4318",
+        "no-host": "http:///v1/metrics",
+        "user-info": "https://me:secret@example.com",
+        "empty-user-info": "http://@example.com",
+        "user-info-with-a-query": "https://u:SE?CRET@h",
+        "user-info-with-slashes": "https://u:SECRET//x@h",
+        "space-before": " http://h",
+        "line-break": "http://h\n",
+        "port-too-large": "http://h:99999",
+        "port-zero": "http://h:0",
+        "open-bracket": "http://[::1",
+        "empty-query": "http://h?",
+        "fragment": "http://h/#a",
+        "umlaut": "http://\u00fcber.example",
+        "star": "http://*",
+    },
+)
+def test_a_bad_endpoint_is_off_and_named(config, command, monkeypatch, base):
     config()
     monkeypatch.setenv(ENDPOINT, base)
-    track()
 
-    code = trix_telemetry.main(["status"])
+    done = command("status")
 
-    told = "".join(capfd.readouterr())
-    assert code == 1
-    assert "is off: TRIX_TELEMETRY_ENDPOINT must be an http or https base URL with a host" in told
-    assert base.strip() not in told
+    says = "TRIX_TELEMETRY_ENDPOINT must be an http or https base URL with a host"
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"Telemetry of trix-cli is off: {says}")
+    assert base.strip() not in done.stdout
 
 
 HEADERS = """
@@ -976,26 +563,24 @@ def test_the_headers_of_the_request(collector, config):
     }
 
 
-OFF_CONFIGS = {
-    "false": OFF,
-    "false-dotted": "telemetry.enabled = false\nx = true\n",
-    "false-inline": "telemetry = { enabled = false, x = true }\n",
-    "false-escaped": '["telemetry"]\n"\\u0065nabled" = false # true\n',
-    "a-comment": "[telemetry]\n# enabled = true\n",
-    "outside-of-the-table": "enabled = true\n",
-    "empty": "",
-    "within-a-text": '[telemetry]\nnote = "enabled = true"\n',
-    "in-another-table": "[other]\nenabled = true\n",
-    "in-a-table-below": "[telemetry.more]\nenabled = true\n",
-    "a-typo": "[telemetry]\nenable = false\n",
-    "no-key": "[telemetry]\ntimeout_ms = 2000 # true\n",
-}
+# The config
 
 
-@cases("text", OFF_CONFIGS)
-def test_a_config_that_does_not_say_true_is_off_and_left_alone(
-    collector, config, state, capfd, text
-):
+@cases(
+    "text",
+    {
+        "false": OFF,
+        "dotted": "telemetry.enabled = false\nx = true\n",
+        "escaped": '["telemetry"]\n"\\u0065nabled" = false # true\n',
+        "empty": "",
+        "a-comment": "[telemetry]\n# enabled = true\n",
+        "outside-of-the-table": "enabled = true\n",
+        "within-a-text": '[telemetry]\nnote = "enabled = true"\n',
+        "in-a-table-below": "[telemetry.more]\nenabled = true\n",
+        "a-typo": "[telemetry]\nenable = false # true\n",
+    },
+)
+def test_a_config_that_does_not_say_true_is_off_and_left_alone(collector, config, capfd, text):
     path = config(text)
 
     track()
@@ -1003,35 +588,18 @@ def test_a_config_that_does_not_say_true_is_off_and_left_alone(
     assert collector.requests == []
     assert capfd.readouterr() == ("", "")
     assert path.read_text() == text
-    assert names(state) == ["config.toml"]
 
 
-@cases("text", OFF_CONFIGS)
-def test_status_of_a_config_that_does_not_say_true_is_off(collector, config, capfd, text):
-    config(text)
-
-    code = trix_telemetry.main(["status"])
-
-    assert code == 0
-    assert capfd.readouterr().out.startswith("Telemetry of trix-cli is off: config.toml ")
-
-
-ON_CONFIGS = {
-    "dotted": "telemetry.enabled = true\n",
-    "inline": 'telemetry = { timeout_ms = 30000, "enabled" = true }\n',
-    "escaped": '["telemetry"]\n"\\u0065nabled" = true\n',
-    "after-60000-comments": "# x\n" * 60_000 + ON,
-    "dos-lines": "[other]\nenabled = false\n[telemetry]\r\n\tenabled=true#\r\nx = 'blue'\r\n",
-    "byte-order-mark": "\ufeff" + ON,
-    "version-1": NEW_CONFIG.replace("\n\n", "\n").replace("# [", "# x"),
-    "rust-tool": (
-        "[telemetry]\nenabled = true\ntimeout_ms = 2000\n"
-        'otlp_endpoint = "http://127.0.0.1:9"\n\n[telemetry.otlp_headers]\n'
-    ),
-}
-
-
-@cases("text", ON_CONFIGS)
+@cases(
+    "text",
+    {
+        "dotted": "telemetry.enabled = true\n",
+        "inline": 'telemetry = { timeout_ms = 30000, "enabled" = true }\n',
+        "dos-lines": "[other]\nenabled = false\n[telemetry]\r\n\tenabled=true#\r\nx = 'blue'\r\n",
+        "byte-order-mark": "\ufeff" + ON,
+        "rust-tool": f'{ON}otlp_endpoint = "http://127.0.0.1:9"\n\n[telemetry.otlp_headers]\n',
+    },
+)
 def test_a_config_that_says_true_is_on_and_left_alone(collector, config, text):
     path = config(text)
 
@@ -1041,93 +609,90 @@ def test_a_config_that_says_true_is_on_and_left_alone(collector, config, text):
     assert path.read_bytes() == text.encode()
 
 
-def bad_timeout(value):
-    return f"{ON}timeout_ms = {value}\n", "telemetry.timeout_ms must be an integer, 1 to 60000"
-
-
 def bad_header(line):
     text = f"{ON}[telemetry.otlp_headers]\n{line}\n"
     return text, "telemetry.otlp_headers must be a table of names and values in printable ASCII"
 
 
 NOT_TOML = "config.toml must be TOML in UTF-8: "
-BAD_CONFIGS = {
+BAD_TIMEOUT = "telemetry.timeout_ms must be an integer, 1 to 60000"
+# Nothing can be read from these.
+DAMAGED = {
     "not-toml": ("not toml, true", NOT_TOML),
-    "a-key-twice": (f"{ON}enabled = true\n", NOT_TOML),
-    "a-zero": ("[telemetry]\nenabled = true \0\n", NOT_TOML),
     "not-utf-8": (b"[telemetry]\nenabled = true # \xff\n", NOT_TOML),
     "5000-brackets": ("x = true\ny = " + "[" * 5000, NOT_TOML),
     "too-large": ("# true" + " " * (1 << 20), "config.toml must not be larger than 1 MiB"),
-    "telemetry-a-bool": ("telemetry = true\n", "telemetry must be a table"),
     "telemetry-a-list": ("[[telemetry]]\nenabled = true\n", "telemetry must be a table"),
     "enabled-a-text": ('[telemetry]\nenabled = "true"\n', "telemetry.enabled must be true or"),
     "enabled-a-number": ("[telemetry]\nenabled = 1 # true\n", "telemetry.enabled must be true or"),
-    "timeout-zero": bad_timeout("0"),
-    "timeout-negative": bad_timeout("-1"),
-    "timeout-a-text": bad_timeout('"5"'),
-    "timeout-a-bool": bad_timeout("true"),
-    "timeout-a-float": bad_timeout("2.5"),
-    "timeout-large": bad_timeout("60001"),
-    "timeout-very-large": bad_timeout("1_000_000_000_000"),
-    "timeout-9000-digits": bad_timeout("0x" + "f" * 9000),
-    "timeout-a-list": bad_timeout("[]"),
+}
+# In these a switch can still be set.
+DAMAGED_ELSEWHERE = {
+    "timeout-zero": (f"{ON}timeout_ms = 0\n", BAD_TIMEOUT),
+    "timeout-large": (f"{ON}timeout_ms = 60001\n", BAD_TIMEOUT),
+    "timeout-a-bool": (f"{ON}timeout_ms = true\n", BAD_TIMEOUT),
     "endpoint-a-number": (f"{ON}otlp_endpoint = 7\n", "telemetry.otlp_endpoint must be"),
+    "endpoint-ftp": (f"{ON}otlp_endpoint = 'ftp://SECRET@h'\n", "telemetry.otlp_endpoint must be"),
     "headers-a-list": (f"{ON}otlp_headers = []\n", "telemetry.otlp_headers must be"),
-    "headers-a-text": (f"{ON}otlp_headers = 'A=SECRET'\n", "telemetry.otlp_headers must be"),
+    "header-a-number": (f"{ON}otlp_headers = {{ A = 1 }}\n", "telemetry.otlp_headers must be"),
     "header-name-not-ascii": bad_header('"X-Caf\u00e9" = "1"'),
     "header-name-with-a-space": bad_header('"X Space" = "1"'),
     "header-name-with-a-colon": bad_header('"X:Colon" = "1"'),
     "header-name-empty": bad_header('"" = "1"'),
     "header-transfer-encoding": bad_header('transfer-Encoding = "chunked"'),
-    "header-value-not-ascii": bad_header('X-Latin = "caf\u00e9"'),
     "header-value-with-a-line-break": bad_header('X-Break = "a\\r\\nX-Injected: SECRET"'),
-    "header-a-number": (f"{ON}otlp_headers = {{ A = 1 }}\n", "telemetry.otlp_headers must be"),
-    "header-a-list": (f"{ON}otlp_headers = {{ A = ['SECRET'] }}\n", "telemetry.otlp_headers must"),
 }
 
 
-@cases(("text", "says"), BAD_CONFIGS)
-def test_a_damaged_config_is_off_and_left_alone(collector, config, state, capfd, text, says):
+@cases(("text", "says"), DAMAGED | DAMAGED_ELSEWHERE)
+def test_status_names_what_is_damaged(collector, config, command, text, says):
+    config(text)
+
+    done = command("status")
+
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"Telemetry of trix-cli is off: {says}")
+    assert "SECRET" not in done.stdout
+
+
+def test_status_names_what_is_damaged_beside_enabled_false(collector, config, command):
+    config(f"{OFF}timeout_ms = 0\n")
+
+    done = command("status")
+
+    assert (done.returncode, first_line(done)) == (
+        1,
+        f"Telemetry of trix-cli is off: {BAD_TIMEOUT}",
+    )
+
+
+@cases("text", {"not-toml": "not toml, true", "out-of-range": f"{ON}timeout_ms = 0\n"})
+def test_a_damaged_config_is_off_and_left_alone(collector, config, state, capfd, text):
     path = config(text)
-    before = path.read_bytes()
 
     track()
 
     assert capfd.readouterr() == ("", "")
     assert collector.requests == []
-    assert path.read_bytes() == before
+    assert path.read_text() == text
     assert names(state) == ["config.toml"]
 
 
-@cases(("text", "says"), BAD_CONFIGS)
-def test_a_damaged_config_is_logged_once(collector, config, caplog, text, says):
-    config(text)
+def test_a_damaged_config_is_logged_once(collector, config, caplog):
+    config(f"{ON}timeout_ms = 0\n")
 
     track()
     track()
 
-    ((name, level, message),) = caplog.record_tuples
-    assert (name, level) == ("trix_telemetry", logging.WARNING)
-    assert message.startswith(f"telemetry is off: {says}")
-    assert "SECRET" not in message
+    text = f"telemetry is off: {BAD_TIMEOUT}"
+    assert caplog.record_tuples == [("trix_telemetry", logging.WARNING, text)]
 
 
-@cases(("text", "says"), BAD_CONFIGS)
-def test_status_names_what_is_damaged(collector, config, capfd, text, says):
-    config(text)
+@cases("code", {"as-it-comes": "import logging", "broken": "sys.modules['logging'] = sys"})
+def test_a_logging_that_nobody_set_up_is_silent(collector, config, code):
+    config(f"{ON}timeout_ms = 0\n")
 
-    code = trix_telemetry.main(["status"])
-
-    out = capfd.readouterr().out
-    assert code == 1
-    assert out.startswith(f"Telemetry of trix-cli is off: {says}")
-    assert "SECRET" not in out
-
-
-def test_a_logging_that_fails_is_silent(collector, config):
-    config("[telemetry]\nenabled = true\ntimeout_ms = 0\n")
-
-    done = run_tool(f"import types\nsys.modules['logging'] = types.ModuleType('logging')\n{TRACK}")
+    done = run_tool(f"{code}\n{TRACK}")
 
     assert_silent(done)
 
@@ -1137,78 +702,42 @@ def test_a_logging_that_fails_is_silent(collector, config):
     ("kind", "says"),
     {
         "a-named-pipe": ("pipe", "cannot be read: it is not a regular file"),
-        "a-directory": ("directory", "cannot be read: it is not a regular file"),
         "a-device": ("device", "cannot be read: it is not a regular file"),
         "a-loop": ("loop", "(cannot be read: Too many levels of|is a link that leads nowhere).*"),
     },
 )
-def test_what_is_no_file_is_off_and_left_alone(collector, state, capfd, kind, says):
+def test_what_is_no_file_is_off_and_left_alone(collector, state, command, kind, says):
     state.mkdir(parents=True)
     path = state / "config.toml"
     if kind == "pipe":
         os.mkfifo(path)
-    elif kind == "directory":
-        path.mkdir()
     elif kind == "device":
         path.symlink_to("/dev/zero")
     else:
         path.symlink_to(path)
 
     track()
-    code = trix_telemetry.main(["status"])
+    done = command("status")
 
-    out, err = capfd.readouterr()
-    assert (code, err) == (0, "")
-    first = out.splitlines()[0]
-    assert re.fullmatch(f"Telemetry of trix-cli is off: {path} {says}", first)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(f"Telemetry of trix-cli is off: {path} {says}", first_line(done))
     assert names(state) == ["config.toml"]
     assert collector.requests == []
 
 
 @posix
-def test_no_device_is_opened(collector, state):
-    state.mkdir(parents=True)
-    (state / "config.toml").symlink_to("/dev/null")
-    code = f"""
-def watch(event, arguments):
-    if event == "open":
-        print(arguments[0])
-
-
-sys.addaudithook(watch)
-{TRACK}
-"""
-
-    done = run_tool(code)
-
-    assert_silent(done)
-
-
-@posix
 @cases("place", {"the-config": ".tx3/trix/config.toml", "the-directory": ".tx3"})
-def test_a_link_that_leads_nowhere_is_off_and_nothing_is_made(collector, home, place):
+def test_a_link_that_leads_nowhere_is_off_and_named(collector, home, command, place):
     link = home / place
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(home / "away" / "nowhere")
     before = read_tree(home)
 
     track()
+    done = command("status")
 
-    assert collector.requests == []
     assert read_tree(home) == before
-
-
-@posix
-@cases("place", {"the-config": ".tx3/trix/config.toml", "the-directory": ".tx3"})
-def test_a_link_that_leads_nowhere_is_named(collector, home, capsys, place):
-    link = home / place
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(home / "away" / "nowhere")
-
-    trix_telemetry.main(["status"])
-
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == f"Telemetry of trix-cli is off: {link} is a link that leads nowhere"
+    assert first_line(done) == f"Telemetry of trix-cli is off: {link} is a link that leads nowhere"
 
 
 # Opt-out: variables, standard streams, debug
@@ -1218,26 +747,19 @@ def test_a_link_that_leads_nowhere_is_named(collector, home, capsys, place):
     ("variable", "value"),
     {
         "do-not-track-1": ("DO_NOT_TRACK", "1"),
-        "do-not-track-true": ("DO_NOT_TRACK", "true"),
         "do-not-track-a-word": ("DO_NOT_TRACK", "anything"),
-        "do-not-track-a-space": ("DO_NOT_TRACK", " "),
         "own-0": ("TRIX_TELEMETRY", "0"),
-        "own-off": ("TRIX_TELEMETRY", "off"),
-        "own-n": ("TRIX_TELEMETRY", "n"),
         "own-a-word": ("TRIX_TELEMETRY", "disabled"),
         "own-space-1": ("TRIX_TELEMETRY", " 1"),
     },
 )
-def test_a_variable_turns_off_what_the_config_turns_on(
-    collector, config, monkeypatch, variable, value
-):
-    config()
+def test_a_variable_turns_off_before_a_file_is_made(collector, home, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
 
     thread = track()
 
     assert thread is None
-    assert collector.requests == []
+    assert names(home) == []
 
 
 @cases(
@@ -1245,11 +767,13 @@ def test_a_variable_turns_off_what_the_config_turns_on(
     {
         "do-not-track-empty": ("DO_NOT_TRACK", ""),
         "do-not-track-0": ("DO_NOT_TRACK", "0"),
-        "do-not-track-no": ("DO_NOT_TRACK", "No"),
+        "do-not-track-false": ("DO_NOT_TRACK", "False"),
+        "do-not-track-no": ("DO_NOT_TRACK", "no"),
         "do-not-track-off": ("DO_NOT_TRACK", "OFF"),
         "own-empty": ("TRIX_TELEMETRY", ""),
         "own-1": ("TRIX_TELEMETRY", "1"),
-        "own-yes": ("TRIX_TELEMETRY", "Yes"),
+        "own-true": ("TRIX_TELEMETRY", "True"),
+        "own-yes": ("TRIX_TELEMETRY", "yes"),
         "own-on": ("TRIX_TELEMETRY", "ON"),
     },
 )
@@ -1273,9 +797,6 @@ def test_a_variable_never_turns_on_what_the_config_turns_off(collector, config, 
     assert collector.requests == []
 
 
-CLOSED = {"input": "<&-", "output": ">&-", "error": "2>&-", "all": "<&- >&- 2>&-"}
-
-
 def run_with_closed(redirect, *command):
     """Run a command with standard streams that the shell has closed."""
     quoted = " ".join(["exec", '"$@"', redirect])
@@ -1283,31 +804,27 @@ def run_with_closed(redirect, *command):
 
 
 @posix
-@cases("redirect", CLOSED)
+@cases("redirect", {"input": "<&-", "output": ">&-", "error": "2>&-"})
 @cases("text", {"first-run": None, "config": ON})
-def test_with_a_closed_stream_nothing_is_made_or_sent(collector, config, state, redirect, text):
+def test_with_a_closed_stream_nothing_is_made_or_sent(collector, config, home, redirect, text):
     if text:
         config(text)
+    before = read_tree(home)
 
     done = run_with_closed(redirect, sys.executable, "-c", script(f"{TRACK}sys.exit(5)"))
 
     assert (done.returncode, done.stdout, done.stderr) == (5, "", "")
     assert collector.requests == []
-    assert not state.exists() or names(state) == ["config.toml"]
-
-
-DEBUG = {"TRIX_TELEMETRY_DEBUG": "1"}
+    assert read_tree(home) == before
 
 
 def test_debug_shows_the_request(collector, config):
     config(f'{ON}[telemetry.otlp_headers]\nX-Key = "secret"\n')
 
-    done = run_tool(env=DEBUG)
+    done = run_tool(env={"TRIX_TELEMETRY_DEBUG": "1"})
 
     head, _, body = done.stderr.partition("\n\n")
-    first, second, *_ = head.splitlines()
-    assert first == "trix-cli: telemetry would send"
-    assert second == "POST /v1/metrics HTTP/1.1"
+    assert head.startswith("trix-cli: telemetry would send\nPOST /v1/metrics HTTP/1.1\n")
     assert "X-Key: (hidden)" in head
     assert Point(body).command == "build"
 
@@ -1315,112 +832,75 @@ def test_debug_shows_the_request(collector, config):
 def test_debug_sends_and_makes_nothing(collector, home):
     code = "assert trix_telemetry.track_command_execution('build') is None"
 
-    done = run_tool(code, env=DEBUG)
+    done = run_tool(code, env={"TRIX_TELEMETRY_DEBUG": "1"})
 
     assert (done.returncode, done.stdout) == (0, "")
     assert collector.requests == []
     assert names(home) == []
 
 
-REASONS = {
-    "do-not-track": (
-        {"DO_NOT_TRACK": "1", "TRIX_TELEMETRY": "0"},
-        None,
-        "DO_NOT_TRACK is set",
-    ),
-    "own-variable": (
-        {"TRIX_TELEMETRY": "0", ENDPOINT: ""},
-        None,
-        "TRIX_TELEMETRY is set, and not to 1, true, yes or on",
-    ),
-    "false": ({ENDPOINT: ""}, OFF, "config.toml says enabled = false"),
-    "no-key": ({}, "[telemetry]\nenable = false\n", "config.toml has no telemetry.enabled"),
-    "no-table": ({}, "true = true\n", "config.toml has no telemetry.enabled"),
-    "timeout": (
-        {},
-        "[telemetry]\ntimeout_ms = 0\n",
-        "telemetry.timeout_ms must be an integer, 1 to 60000",
-    ),
-    "no-endpoint": (
-        {ENDPOINT: ""},
-        None,
-        "there is no endpoint: TRIX_TELEMETRY_ENDPOINT is empty",
-    ),
-    "no-endpoint-of-the-tool": (
-        {ENDPOINT: None},
-        None,
-        "there is no endpoint: endpoint of the tool is empty",
-    ),
-    "ci": ({"CI": "true", ENDPOINT: ""}, None, "CI is set, and {state}/config.toml does not exist"),
-}
+@cases(
+    ("env", "text", "reason"),
+    {
+        "do-not-track": (
+            {"DO_NOT_TRACK": "1", "TRIX_TELEMETRY": "0"},
+            None,
+            "DO_NOT_TRACK is set",
+        ),
+        "own-variable": (
+            {"TRIX_TELEMETRY": "0", ENDPOINT: ""},
+            None,
+            "TRIX_TELEMETRY is set, and not to 1, true, yes or on",
+        ),
+        "false": ({ENDPOINT: ""}, OFF, "config.toml says enabled = false"),
+        "no-key": ({}, "[telemetry]\nenable = false\n", "config.toml has no telemetry.enabled"),
+        "no-table": ({}, "true = true\n", "config.toml has no telemetry.enabled"),
+        "no-endpoint": (
+            {ENDPOINT: ""},
+            None,
+            "there is no endpoint: TRIX_TELEMETRY_ENDPOINT is empty",
+        ),
+        "no-endpoint-of-the-tool": (
+            {},
+            None,
+            "there is no endpoint: endpoint of the tool is empty",
+        ),
+        "ci": (
+            {"CI": "true", ENDPOINT: ""},
+            None,
+            "CI is set, and {state}/config.toml does not exist",
+        ),
+    },
+)
+def test_the_first_reason_is_told(config, state, command, monkeypatch, env, text, reason):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if text is not None:
+        config(text)
+
+    done = command("status")
+
+    reason = reason.replace("{state}", str(state)).replace("/", os.sep)
+    assert first_line(done) == f"Telemetry of trix-cli is off: {reason}"
 
 
-@pytest.fixture
-def told(collector, config, state, monkeypatch):
-    """Sets variables and a config, and returns the reason as it is told."""
-
-    def prepare(env, text, reason):
-        for name, value in env.items():
-            if value is None:
-                monkeypatch.delenv(name)
-            else:
-                monkeypatch.setenv(name, value)
-        if text is not None:
-            config(text)
-        return reason.replace("{state}", str(state)).replace("/", os.sep)
-
-    return prepare
-
-
-@cases(("env", "text", "reason"), REASONS)
-def test_the_first_reason_is_told_by_debug(told, monkeypatch, capsys, env, text, reason):
-    reason = told(env, text, reason)
+def test_debug_tells_the_reason(collector, config, monkeypatch, capfd):
+    config(OFF)
     monkeypatch.setenv("TRIX_TELEMETRY_DEBUG", "yes")
 
     track()
 
-    assert f"trix-cli: telemetry is off: {reason}" in capsys.readouterr().err
+    text = "trix-cli: telemetry is off: config.toml says enabled = false\n"
+    assert capfd.readouterr() == ("", text)
 
 
-@cases(("env", "text", "reason"), REASONS)
-def test_the_first_reason_is_told_by_status(told, capsys, env, text, reason):
-    reason = told(env, text, reason)
-
-    trix_telemetry.main(["status"])
-
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == f"Telemetry of trix-cli is off: {reason}"
-
-
-@cases(("env", "text", "reason"), REASONS)
-def test_the_first_reason_is_told_by_preview(told, home, capsys, env, text, reason):
-    reason = told(env, text, reason)
-    before = read_tree(home)
-
-    code = trix_telemetry.main(["preview"])
-
-    assert code == 0
-    assert capsys.readouterr() == (f"trix-cli: telemetry is off: {reason}\n", "")
-    assert read_tree(home) == before
-
-
-@cases(("env", "text", "reason"), REASONS)
-def test_the_first_reason_is_told_by_track(told, collector, capsys, env, text, reason):
-    reason = told(env, text, reason)
-
-    code = trix_telemetry.main(["track", "build"])
-
-    assert code == 0
-    assert capsys.readouterr().out == f"Not sent. Telemetry is off: {reason}\n"
-    assert collector.requests == []
-
-
-def test_the_command_line_does_not_heed_debug(collector, monkeypatch, capsys):
+def test_the_command_line_does_not_heed_debug(collector, config, command, monkeypatch):
+    config()
     monkeypatch.setenv("TRIX_TELEMETRY_DEBUG", "1")
 
-    trix_telemetry.main(["status"])
+    command("track", "build")
 
-    assert capsys.readouterr().out.startswith("Telemetry of trix-cli is on\n")
+    assert collector.commands == ["build"]
 
 
 # The data point
@@ -1489,49 +969,41 @@ def test_no_interval_overlaps_another_one(intervals):
 
 
 @posix
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
-def test_what_is_made_is_for_the_user_alone_under_any_umask(collector, home, state, umask):
-    run_tool(f"import os\nos.umask({umask})\n{TRACK}")
+def test_what_is_made_is_for_the_user_alone_under_any_umask(collector, home, state):
+    collector.answer = (503, {}, b"")
+
+    run_tool(f"import os\nos.umask(0)\n{TRACK}")
 
     paths = [home / ".tx3", state, *state.iterdir()]
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in paths}
-    assert modes == {".tx3": 0o700, "trix": 0o700, "config.toml": 0o600, "fingerprint": 0o600}
-
-
-WATCH_MODES = """
-import os
-
-os.umask(0o277)
-
-
-def watch(event, arguments):
-    if event in ("os.chmod", "os.chown") and not isinstance(arguments[0], int):
-        print(event, arguments)
-
-
-sys.addaudithook(watch)
-"""
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in paths} == {
+        ".tx3": 0o700,
+        "trix": 0o700,
+        "backoff": 0o600,
+        "config.toml": 0o600,
+        "fingerprint": 0o600,
+    }
 
 
 @posix
-def test_a_first_run_sets_modes_on_open_files_alone(collector):
+def test_modes_are_set_on_open_files_alone(collector):
     code = """
+        import os
+
+
+        def watch(event, arguments):
+            if event in ("os.chmod", "os.chown") and not isinstance(arguments[0], int):
+                print(event, arguments)
+
+
+        os.umask(0o277)
+        sys.addaudithook(watch)
         trix_telemetry.track_command_execution("build").join()
-        print("done")
+        trix_telemetry.main(["disable"])
     """
 
-    done = run_tool(WATCH_MODES + textwrap.dedent(code))
+    done = run_tool(code)
 
-    assert done.stdout == "done\n"
-
-
-@posix
-def test_an_edit_sets_modes_on_open_files_alone(config):
-    path = config()
-
-    done = run_tool(f"{WATCH_MODES}trix_telemetry.main(['disable'])")
-
-    assert done.stdout == f"Telemetry disabled (saved in {path})\n"
+    assert done.stdout.startswith("Telemetry disabled (saved in ")
 
 
 def test_without_hard_links_a_first_run_counts(collector, state):
@@ -1594,17 +1066,7 @@ def test_a_fingerprint_that_is_there_is_used_and_kept(collector, config, state, 
     assert (state / "fingerprint").read_text() == stored
 
 
-JUNK = {
-    "empty": b"",
-    "no-hex": b"xyz",
-    "65-digits": b"0" * 65,
-    "two-words": b"ab cd",
-    "not-utf-8": b"\xff" * 16,
-    "4-mib": b"0" * (4 << 20),
-}
-
-
-@cases("junk", JUNK)
+@cases("junk", {"empty": b"", "no-hex": b"xyz", "65-digits": b"0" * 65, "not-utf-8": b"\xff" * 16})
 def test_junk_in_place_of_a_fingerprint_is_replaced(collector, config, state, junk):
     config()
     (state / "fingerprint").write_bytes(junk)
@@ -1627,29 +1089,6 @@ def test_a_fingerprint_that_cannot_be_stored_serves_this_process(collector, conf
     assert collector.users == {trix_telemetry.get_user_fingerprint()}
 
 
-@posix
-def test_a_fingerprint_that_is_a_link_is_read(collector, home, config, state):
-    config()
-    (home / "elsewhere").write_text(FINGERPRINT)
-    (state / "fingerprint").symlink_to(home / "elsewhere")
-
-    track()
-
-    assert collector.users == {FINGERPRINT}
-
-
-@posix
-def test_junk_that_a_link_leads_to_is_left_alone(collector, home, config, state):
-    config()
-    (home / "elsewhere").write_text("not hex")
-    (state / "fingerprint").symlink_to(home / "elsewhere")
-
-    track()
-
-    assert (home / "elsewhere").read_text() == "not hex"
-    assert collector.users == {(state / "fingerprint").read_text()}
-
-
 def write_backoff(collector, state, age=0, reason="slow"):
     path = state / "backoff"
     path.write_bytes(f"{collector.url}/v1/metrics\n{reason}\n".encode())
@@ -1657,10 +1096,9 @@ def write_backoff(collector, state, age=0, reason="slow"):
     return path
 
 
-@cases("age", {"new": 0, "590-seconds": 590})
-def test_within_ten_minutes_of_a_back_off_nothing_is_sent(collector, config, state, age):
+def test_within_ten_minutes_of_a_back_off_nothing_is_sent(collector, config, state):
     config()
-    write_backoff(collector, state, age)
+    write_backoff(collector, state, age=590)
 
     track()
 
@@ -1677,59 +1115,27 @@ def test_a_back_off_of_another_time_does_not_count(collector, config, state, age
     assert collector.commands == ["build"]
 
 
-DAMAGED_BACKOFFS = {
-    "empty": b"",
-    "junk": b"junk",
-    "another-url": b"http://other/v1/metrics\nslow\n",
-    "a-longer-url": b"{url}/\nslow",
-    "an-escape-before": b"\x1b[31m\n{url}\n",
-    "a-line-before": b"\n{url}",
-    "not-utf-8": b"\xff\xfe\x00",
-}
-
-
-@cases("text", DAMAGED_BACKOFFS)
-def test_a_damaged_back_off_does_not_count(collector, config, state, capsys, text):
+@cases(
+    "text",
+    {"empty": b"", "another-url": b"http://other/v1/metrics\nslow\n", "not-utf-8": b"\xff\xfe\0"},
+)
+def test_a_damaged_back_off_does_not_count(collector, config, state, text):
     config()
-    url = f"{collector.url}/v1/metrics".encode()
-    (state / "backoff").write_bytes(text.replace(b"{url}", url))
+    (state / "backoff").write_bytes(text)
 
     track()
-    trix_telemetry.main(["status"])
 
     assert collector.commands == ["build"]
-    assert "Back-off" not in capsys.readouterr().out
 
 
-def test_status_shows_how_long_a_back_off_takes_and_why(collector, config, state, capsys):
+def test_status_shows_how_long_a_back_off_takes_and_why(collector, config, state, command):
     config()
     write_backoff(collector, state, age=100, reason="slow \x1b[31m")
 
-    trix_telemetry.main(["status"])
+    done = command("status")
 
-    out = capsys.readouterr().out
-    assert out.startswith("Telemetry of trix-cli is on\n")
-    assert re.search(r"(?m)^  Back-off     (500|49\d) s more: slow \?\[31m$", out)
-
-
-def test_debug_tells_a_back_off(collector, config, state, monkeypatch, capsys):
-    config()
-    write_backoff(collector, state)
-    monkeypatch.setenv("TRIX_TELEMETRY_DEBUG", "1")
-
-    track()
-
-    err = capsys.readouterr().err
-    assert re.match(r"trix-cli: telemetry is off: back-off for \d+ s more: slow\n", err)
-
-
-def test_enable_ends_a_back_off(collector, config, state):
-    config()
-    write_backoff(collector, state)
-
-    trix_telemetry.main(["enable"])
-
-    assert names(state) == ["config.toml"]
+    assert first_line(done) == "Telemetry of trix-cli is on"
+    assert re.search(r"(?m)^  Back-off     (500|49\d) s more: slow \?\[31m$", done.stdout)
 
 
 def let_others_in(directory):
@@ -1766,6 +1172,8 @@ import ssl
 import tomllib
 import urllib.request
 """
+
+
 # What the command line imports, for a user who may not read the directories of this Python.
 BECOME_NOBODY = f"""{READY}
 import argparse
@@ -1787,14 +1195,14 @@ if os.geteuid() == 0:
 
 @posix
 @cases(
-    ("text", "mode", "runs"),
+    ("text", "mode", "runs", "says"),
     {
-        "nothing-can-be-made": (None, 0, 0),
-        "the-config-can-be-read": (NEW_CONFIG, 0o444, 2),
-        "the-config-cannot-be-read": (NEW_CONFIG, 0, 0),
+        "nothing-can-be-made": (None, 0, 0, "off: .*config.toml cannot be created: .* writable"),
+        "the-config-can-be-read": (NEW_CONFIG, 0o444, 2, "on"),
+        "the-config-cannot-be-read": (NEW_CONFIG, 0, 0, "off: .* cannot be read: Permission .*"),
     },
 )
-def test_a_home_that_cannot_be_written(collector, config, locked, text, mode, runs):
+def test_a_home_that_cannot_be_written(collector, config, locked, text, mode, runs, says):
     if text:
         config(text)
     locked(mode)
@@ -1803,61 +1211,31 @@ def test_a_home_that_cannot_be_written(collector, config, locked, text, mode, ru
             thread = trix_telemetry.track_command_execution("build")
             if thread is not None:
                 thread.join()
+        trix_telemetry.main(["status"])
     """
 
     done = run_tool(BECOME_NOBODY + textwrap.dedent(code))
 
-    assert_silent(done)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(f"Telemetry of trix-cli is {says}", first_line(done))
     assert collector.commands == ["build"] * runs
     assert len(collector.users) == min(runs, 1)
 
 
 @posix
-@cases(
-    ("text", "mode", "says"),
-    {
-        "nothing-can-be-made": (None, 0, "off: .*config.toml cannot be created: .* not writable"),
-        "the-config-can-be-read": (NEW_CONFIG, 0o444, "on"),
-        "the-config-cannot-be-read": (NEW_CONFIG, 0, "off: .* cannot be read: Permission denied"),
-    },
-)
-def test_status_of_a_home_that_cannot_be_written(collector, config, locked, text, mode, says):
-    if text:
-        config(text)
-    locked(mode)
-
-    done = run_tool(f"{BECOME_NOBODY}sys.exit(trix_telemetry.main(['status']))")
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(f"Telemetry of trix-cli is {says}", first_line(done))
-
-
-FULL_DISK = """
-import resource
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-trix_telemetry.track_command_execution("build")
-"""
-
-
-@posix
 def test_a_first_run_on_a_full_disk_makes_and_sends_nothing(collector, state):
-    done = run_tool(FULL_DISK)
+    code = """
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        trix_telemetry.track_command_execution("build")
+    """
+
+    done = run_tool(code)
 
     assert_silent(done)
     assert collector.requests == []
-    assert not state.exists() or names(state) == []
-
-
-@posix
-def test_with_a_config_a_full_disk_keeps_nothing_from_being_sent(collector, config, state):
-    config()
-
-    done = run_tool(FULL_DISK)
-
-    assert_silent(done)
-    assert collector.commands == ["build"]
-    assert names(state) == ["config.toml"]
+    assert names(state) == []
 
 
 def test_a_home_that_cannot_be_made_is_told_in_one_line(home):
@@ -1898,86 +1276,137 @@ def test_without_a_home_nothing_is_sent(collector, home, value):
     assert names(home) == []
 
 
-def test_without_a_home_no_file_of_the_working_directory_counts(
-    collector, home, monkeypatch, capsys
+# Files: root in the home of another user
+
+
+@pytest.fixture
+def foreign(home, monkeypatch):
+    """Makes a home of another user's, with a config or with links."""
+
+    def make(kind):
+        theirs = home / "theirs"
+        directory = theirs / ".tx3" / "trix"
+        own = home / ".tx3" / "trix"
+        monkeypatch.setenv("HOME", str(theirs))
+        theirs.mkdir()
+        if kind == "their-new-home":
+            pass
+        elif kind == "a-link-of-theirs-to-a-directory-of-roots":
+            (home / "own").mkdir()
+            (home / "own" / "config.toml").write_text(ON)
+            directory.parent.mkdir()
+            directory.symlink_to(home / "own")
+        else:
+            directory.mkdir(parents=True)
+            (directory / "config.toml").write_text(ON)
+        for path in (theirs, *theirs.rglob("*")):
+            os.lchown(path, NOBODY_ID, NOBODY_ID)
+        if kind == "a-directory-of-roots-in-their-home":
+            os.chown(directory, 0, 0)
+        elif kind == "a-config-that-is-a-link-to-their-file":
+            own.mkdir(parents=True)
+            (own / "config.toml").symlink_to(directory / "config.toml")
+            monkeypatch.setenv("HOME", str(home))
+        return theirs
+
+    return make
+
+
+@root
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "their-new-home",
+        "their-home",
+        "a-directory-of-roots-in-their-home",
+        "a-config-that-is-a-link-to-their-file",
+        "a-link-of-theirs-to-a-directory-of-roots",
+    ],
+)
+def test_root_makes_and_sends_nothing_in_the_home_of_another_user(
+    collector, home, foreign, command, kind
 ):
-    (home / "fingerprint").write_text("deadbeef")
-    monkeypatch.chdir(home)
-    for name in ("HOME", "USERPROFILE", "HOMEPATH", "HOMEDRIVE"):
-        monkeypatch.delenv(name, raising=False)
+    foreign(kind)
+    before = read_tree(home)
 
-    assert trix_telemetry.main(["status"]) == 0
-    assert trix_telemetry.main(["preview"]) == 0
+    thread = track()
+    done = command("status")
 
-    assert "deadbeef" not in "".join(capsys.readouterr())
-    assert trix_telemetry.get_user_fingerprint() != "deadbeef"
-
-
-def test_status_of_a_home_that_is_not_there(collector, home):
-    nowhere = "Q:\\nowhere" if os.name == "nt" else str(home / "nowhere" / "at" / "all")
-
-    done = run_command("status", env={"HOME": nowhere, "USERPROFILE": nowhere})
-
+    wanted = "Telemetry of trix-cli is off: .* belongs to user 65534, and this is root"
+    assert thread is None
     assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(wanted, first_line(done))
+    assert read_tree(home) == before
+
+
+@root
+@cases(
+    "code",
+    {"a-call": TRACK, "get-user-fingerprint": "trix_telemetry.get_user_fingerprint()"},
+)
+def test_root_opens_no_file_in_the_home_of_another_user(collector, foreign, code):
+    theirs = foreign("their-home")
+    watch = f"""
+opened = []
+
+
+def watch(event, arguments):
+    if event == "open" and str(arguments[0]).startswith({str(theirs)!r}):
+        opened.append(arguments[0])
+
+
+sys.addaudithook(watch)
+{code}
+assert opened == [], opened
+"""
+
+    done = run_tool(watch)
+
+    assert_silent(done)
+
+
+@root
+@pytest.mark.parametrize("name", ["enable", "disable", "reset"])
+def test_root_changes_nothing_in_the_home_of_another_user(home, foreign, command, name):
+    foreign("their-home")
+    before = read_tree(home)
+
+    done = command(name)
+
+    assert_error(done, ".* belongs to user 65534, and this is root.*")
+    assert read_tree(home) == before
 
 
 # The client: endpoints, proxies, redirects, TLS
 
 
-@pytest.fixture
-def tool_endpoint(collector, monkeypatch):
-    """The collector as the endpoint of the tool; the environment names none."""
-    monkeypatch.delenv(ENDPOINT)
+@cases(
+    ("in_environment", "in_config", "paths"),
+    {
+        "of-the-tool": (None, None, ["/tool/v1/metrics"]),
+        "of-the-config": (None, "{url}/file", ["/file/v1/metrics"]),
+        "of-the-environment": ("{url}/environment/", "{url}/file", ["/environment/v1/metrics"]),
+        "empty-in-the-config": (None, "", []),
+        "empty-in-the-environment": ("", "{url}/file", []),
+    },
+)
+def test_the_endpoint_that_counts(config, monkeypatch, in_environment, in_config, paths):
+    collector = Collector()
     monkeypatch.setattr(trix_telemetry.Settings, "endpoint", f"{collector.url}/tool")
-    return collector
-
-
-def test_the_endpoint_of_the_tool_counts(tool_endpoint, config):
-    config()
-
-    track()
-
-    assert tool_endpoint.paths == ["/tool/v1/metrics"]
-
-
-def test_the_endpoint_of_the_config_goes_before_that_of_the_tool(tool_endpoint, config):
-    config(otlp_endpoint=f"{tool_endpoint.url}/file")
+    if in_environment is not None:
+        monkeypatch.setenv(ENDPOINT, in_environment.format(url=collector.url))
+    if in_config is None:
+        config()
+    else:
+        config(otlp_endpoint=in_config.format(url=collector.url))
 
     track()
 
-    assert tool_endpoint.paths == ["/file/v1/metrics"]
+    assert collector.paths == paths
 
 
-def test_the_endpoint_of_the_environment_goes_before_that_of_the_config(
-    tool_endpoint, config, monkeypatch
-):
-    config(otlp_endpoint=f"{tool_endpoint.url}/file")
-    monkeypatch.setenv(ENDPOINT, f"{tool_endpoint.url}/environment/")
-
-    track()
-
-    assert tool_endpoint.paths == ["/environment/v1/metrics"]
-
-
-def test_an_empty_endpoint_in_the_config_means_nowhere(tool_endpoint, config):
-    config(otlp_endpoint="")
-
-    track()
-
-    assert tool_endpoint.requests == []
-
-
-def test_an_empty_endpoint_in_the_environment_means_nowhere(tool_endpoint, config, monkeypatch):
-    config()
-    monkeypatch.setenv(ENDPOINT, "")
-
-    track()
-
-    assert tool_endpoint.requests == []
-
-
-def test_the_variables_of_opentelemetry_are_not_read(new_collector, config, monkeypatch):
-    collector = new_collector()
+def test_the_variables_of_opentelemetry_are_not_read(config, monkeypatch):
+    collector = Collector()
     config()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
 
@@ -1986,14 +1415,14 @@ def test_the_variables_of_opentelemetry_are_not_read(new_collector, config, monk
     assert collector.requests == []
 
 
-def test_a_proxy_of_the_environment_is_used(collector, new_collector, monkeypatch):
-    proxy = new_collector()
+def test_a_proxy_of_the_environment_is_used(collector, monkeypatch):
+    proxy = Collector()
     monkeypatch.setenv("http_proxy", proxy.url)
 
     track()
 
-    ((line, headers, _),) = proxy.requests
-    assert line == f"POST {collector.url}/v1/metrics HTTP/1.1"
+    ((path, headers, _),) = proxy.requests
+    assert path == f"{collector.url}/v1/metrics"
     assert headers["Host"] == collector.url.removeprefix("http://")
 
 
@@ -2024,53 +1453,36 @@ def test_the_proxies_are_those_that_the_standard_library_finds(collector, config
     done = run_tool(code, env={ENDPOINT: "http://collector.invalid"})
 
     assert_silent(done)
-    assert collector.requests[0][0] == "POST http://collector.invalid/v1/metrics HTTP/1.1"
+    assert collector.paths == ["http://collector.invalid/v1/metrics"]
 
 
-ODD_PROXIES = {
-    "tls": "https://me:secret@{}",
-    "socks": "socks5://{}",
-    "refuses": "http://127.0.0.1:1/no",
-    "one-slash": "http:/me:secret@{}",
-    "no-port": "http://me:secret@h:x",
-}
-
-
-@cases("proxy", ODD_PROXIES)
-def test_an_odd_proxy_is_silent_and_gets_nothing(collector, config, proxy):
+@cases(
+    "proxy",
+    {
+        "socks": "socks5://{host}",
+        "refuses": "http://127.0.0.1:1/no",
+        "no-port": "http://me:secret@h:x",
+    },
+)
+def test_an_odd_proxy_gets_nothing_and_is_told_without_its_password(collector, config, proxy):
     config()
-    proxy = proxy.format(collector.url.removeprefix("http://"))
-
-    done = run_tool(env={"http_proxy": proxy, ENDPOINT: "http://127.0.0.2:1"})
-
-    assert_silent(done)
-    assert collector.requests == []
-
-
-@cases("proxy", ODD_PROXIES)
-def test_track_tells_an_odd_proxy_without_its_password(collector, config, proxy):
-    config()
-    proxy = proxy.format(collector.url.removeprefix("http://"))
+    proxy = proxy.format(host=collector.url.removeprefix("http://"))
     env = {"http_proxy": proxy, ENDPOINT: "http://127.0.0.2:1"}
 
     done = run_command("track", "build", env=env)
 
     assert_error(done, r"http://127.0.0.2:1/v1/metrics after \d+ ms: .+")
     assert "secret" not in done.stderr
+    assert collector.requests == []
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @cases(
-    "target",
-    {
-        "the-same-host": "{url}/elsewhere",
-        "another-host": "//other.invalid/",
-        "a-file": "file:///etc/passwd",
-    },
+    ("status", "target"),
+    {"on-the-same-host": (301, "/elsewhere"), "a-file": (307, "file:///dev/null")},
 )
 def test_a_redirect_is_not_followed(collector, config, status, target):
     config()
-    collector.answer = (status, {"Location": target.format(url=collector.url)}, b"")
+    collector.answer = (status, {"Location": target}, b"")
 
     track()
 
@@ -2091,7 +1503,11 @@ A0cAMEQCIDqexsFabE6sYXney5hDSCYxgKMvlR5dTckPbKgvPKanAiAgBWPX+h/u
 c3Ss5cVyatiLuVLqi4JKnGMIhxRnvtYhOw==
 -----END CERTIFICATE-----
 """
+
+
 AUTHORITY_HASH = "00ad8108.0"  # openssl x509 -subject_hash
+
+
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
 MIIBwTCCAWagAwIBAgIBAjAKBggqhkjOPQQDAjAoMQ0wCwYDVQQKDARUZXN0MRcw
@@ -2124,12 +1540,12 @@ def secure(home, monkeypatch):
     collector = Collector(context)
     monkeypatch.setenv("SSL_CERT_DIR", str(home / "empty"))
     monkeypatch.setenv(ENDPOINT, collector.url)
-    yield collector
-    collector.close()
+    return collector
 
 
 # Tells what each context is made of, and puts the authority into the bundle of the system.
 WATCH_CONTEXTS = """
+import os
 import ssl
 
 make = ssl.create_default_context
@@ -2141,8 +1557,6 @@ def watch(**options):
         return make(**options)
     return make(cafile=os.path.join(os.environ["HOME"], "authority.pem"))
 
-
-import os
 
 ssl.create_default_context = watch
 trix_telemetry.track_command_execution("build")
@@ -2178,21 +1592,13 @@ def test_the_bundle_of_ssl_cert_file_goes_first(secure, home, config):
     assert secure.commands == ["build"]
 
 
-def test_an_unknown_authority_gets_nothing(secure, config):
-    config()
-
-    done = run_tool()
-
-    assert_silent(done)
-    assert secure.requests == []
-
-
-def test_track_tells_an_unknown_authority(secure, config):
+def test_an_unknown_authority_gets_nothing_and_is_told(secure, config):
     config()
 
     done = run_command("track", "build")
 
     assert_error(done, ".*CERTIFICATE_VERIFY_FAILED.*")
+    assert secure.requests == []
 
 
 def test_a_certificate_of_another_host_gets_nothing(secure, home, config):
@@ -2208,29 +1614,15 @@ def test_a_certificate_of_another_host_gets_nothing(secure, home, config):
 
 
         socket.getaddrinfo = find_collector
-        trix_telemetry.track_command_execution("build")
+        sys.exit(trix_telemetry.main(["track", "build"]))
     """
-    env = {
-        "SSL_CERT_FILE": str(home / "authority.pem"),
-        ENDPOINT: f"https://127.0.0.2:{secure.port}",
-    }
+    port = secure.url.rpartition(":")[2]
+    env = {"SSL_CERT_FILE": str(home / "authority.pem"), ENDPOINT: f"https://127.0.0.2:{port}"}
 
     done = run_tool(code, env=env)
 
-    assert_silent(done)
+    assert_error(done, ".*CERTIFICATE_VERIFY_FAILED.*")
     assert secure.requests == []
-
-
-def test_a_key_log_that_cannot_be_written_is_told_by_track(secure, home, config):
-    config()
-    env = {
-        "SSL_CERT_FILE": str(home / "authority.pem"),
-        "SSLKEYLOGFILE": str(home / "nowhere" / "keys"),
-    }
-
-    done = run_command("track", "build", env=env)
-
-    assert_error(done, ".*No such file or directory.*")
 
 
 # Reads the bundle until the deadline is over.
@@ -2243,9 +1635,8 @@ began = time.monotonic()
 
 
 def make_late(**options):
-    if not options:
-        time.sleep(max(0, began + 1.2 - time.monotonic()))
-        print("read")
+    time.sleep(max(0, began + 0.7 - time.monotonic()))
+    print("read")
     return make(**options)
 
 
@@ -2256,22 +1647,12 @@ trix_telemetry.track_command_execution("build")
 
 
 @posix
-def test_the_end_waits_while_a_bundle_of_authorities_is_read(secure, home, config):
-    (home / "empty" / "authority.pem").write_text(AUTHORITY)
-    config(timeout_ms=1000)
+def test_the_end_waits_while_a_bundle_of_authorities_is_read(secure, config):
+    config(timeout_ms=500)
 
     done = run_tool(READ_LATE)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
-
-
-def test_http_to_a_collector_of_tls_is_silent(secure, config):
-    config()
-
-    done = run_tool(env={ENDPOINT: f"http://127.0.0.1:{secure.port}"})
-
-    assert_silent(done)
-    assert secure.requests == []
 
 
 # The first run
@@ -2327,9 +1708,8 @@ def test_a_second_run_is_silent_and_counts(collector, capfd):
     assert collector.commands == ["build", "build"]
 
 
-@pytest.mark.parametrize("value", ["true", "1", "anything"])
-def test_a_first_run_in_ci_makes_and_sends_nothing(collector, home, monkeypatch, value):
-    monkeypatch.setenv("CI", value)
+def test_a_first_run_in_ci_makes_and_sends_nothing(collector, home, monkeypatch):
+    monkeypatch.setenv("CI", "anything")
 
     thread = track()
 
@@ -2337,9 +1717,8 @@ def test_a_first_run_in_ci_makes_and_sends_nothing(collector, home, monkeypatch,
     assert names(home) == []
 
 
-@pytest.mark.parametrize("value", ["", "0", "false", "no", "Off"])
-def test_a_first_run_where_ci_is_denied_counts(collector, monkeypatch, value):
-    monkeypatch.setenv("CI", value)
+def test_a_first_run_where_ci_is_denied_counts(collector, monkeypatch):
+    monkeypatch.setenv("CI", "false")
 
     track()
 
@@ -2368,23 +1747,28 @@ def test_a_first_run_without_an_endpoint_makes_imports_and_says_nothing(home):
     assert names(home) == []
 
 
-# Ends before its exit hooks run, and before Python flushes what cannot be written.
-TELL = """
-import os
+def test_a_standard_error_of_a_hosts_own_class_is_told(collector):
+    code = """
+        class Stream:
+            write = sys.stderr.write
+            flush = sys.stderr.flush
+            fileno = sys.stderr.fileno
 
-{code}
-try:
-    assert trix_telemetry.track_command_execution("build") is None
-except KeyboardInterrupt:
-    pass
-os._exit(0)
-"""
+
+        sys.stderr = Stream()
+        trix_telemetry.track_command_execution("build")
+    """
+
+    done = run_tool(code)
+
+    assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
+    assert collector.commands == ["build"]
+
+
+# Each ends before its exit hooks run, and before Python flushes what cannot be written.
 LOST_STDERR = {
     "none": "sys.stderr = None",
-    "closed": "sys.stderr.close()",
     "a-closed-pipe": """
-import os
-
 read, write = os.pipe()
 os.close(read)
 sys.stderr = open(write, "w", closefd=False)
@@ -2401,10 +1785,31 @@ sys.stderr = Stream()
 }
 
 
-def assert_nobody_was_told(done, collector, state):
+@posix
+@cases("code", LOST_STDERR)
+def test_a_notice_that_cannot_be_shown_takes_the_config_back(collector, state, code):
+    end = """
+try:
+    assert trix_telemetry.track_command_execution("build") is None
+except KeyboardInterrupt:
+    pass
+os._exit(0)
+"""
+
+    done = run_tool(f"import os\n{code}\n{end}")
+
     assert (done.returncode, done.stdout) == (0, "")
     assert collector.requests == []
     assert names(state) == []
+
+
+def test_a_notice_that_was_not_shown_is_shown_by_the_next_run(collector):
+    run_tool(f"sys.stderr = None\n{TRACK}")
+
+    done = run_tool()
+
+    assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
+    assert collector.commands == ["build"]
 
 
 def test_a_notice_that_failed_leaves_what_a_person_has_written_since(collector, state):
@@ -2426,361 +1831,69 @@ def test_a_notice_that_failed_leaves_what_a_person_has_written_since(collector, 
     assert collector.requests == []
 
 
-def test_a_first_run_sends_nothing_where_a_disable_came_beside_the_notice(collector):
-    code = """
-        class Stream:
-            def write(self, text):
+@cases(
+    "code",
+    {
+        "beside-the-notice": """
+            class Stream:
+                def write(self, text):
+                    trix_telemetry.main(["disable"])
+
+
+            sys.stderr = Stream()
+        """,
+        "before-the-file-is-made": """
+            make = trix_telemetry.make_directory
+
+
+            def make_late(path):
+                trix_telemetry.make_directory = make
                 trix_telemetry.main(["disable"])
 
 
-        sys.stderr = Stream()
-        trix_telemetry.track_command_execution("build")
-    """
-
-    done = run_tool(code)
+            trix_telemetry.make_directory = make_late
+        """,
+    },
+)
+def test_a_first_run_sends_nothing_where_a_disable_is_quicker(collector, code):
+    done = run_tool(textwrap.dedent(code) + TRACK)
 
     assert done.stdout.startswith("Telemetry disabled (saved in ")
     assert collector.requests == []
-
-
-def test_a_first_run_sends_nothing_where_a_disable_has_just_been_quicker(collector):
-    code = """
-        make = trix_telemetry.make_directory
-
-
-        def make_late(path):
-            trix_telemetry.make_directory = make
-            trix_telemetry.main(["disable"])
-
-
-        trix_telemetry.make_directory = make_late
-        trix_telemetry.track_command_execution("build")
-    """
-
-    done = run_tool(code)
-
-    assert done.stdout.startswith("Telemetry disabled (saved in ")
-    assert done.stderr == ""
-    assert collector.requests == []
-
-
-STREAMS_OF_A_HOST = """
-import os
-
-
-class Output:
-    def __init__(self, stream):
-        self.write = stream.write
-        self.flush = stream.flush
-
-
-class Errors(Output):
-    def fileno(self):
-        return 2
-
-
-sys.stdout = Output(sys.stdout)
-sys.stderr = Errors(sys.stderr)
-"""
-
-
-def test_streams_of_a_hosts_own_class_are_told_and_counted(collector):
-    done = run_tool(STREAMS_OF_A_HOST + TRACK)
-
-    assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
-    assert collector.commands == ["build"]
-
-
-@posix
-@cases("code", LOST_STDERR)
-def test_a_notice_that_cannot_be_shown_takes_the_config_back(collector, state, code):
-    done = run_tool(TELL.format(code=code))
-
-    assert_nobody_was_told(done, collector, state)
-
-
-def test_a_notice_that_was_not_shown_is_shown_by_the_next_run(collector):
-    run_tool("sys.stderr = None\n" + TRACK)
-
-    done = run_tool()
-
-    assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
-    assert collector.commands == ["build"]
-
-
-def run_at_one_moment(count, code):
-    """Run tools that wait for each other before their code. Return what each said on stderr."""
-    moment = time.time() + 0.5 + count / 10
-    wait = f"""
-import time
-
-trix_telemetry.DEFAULT_TIMEOUT_MS = 60_000
-time.sleep(max(0, {moment} - time.time()))
-"""
-    processes = [start_tool(wait + code, stdout=None) for _ in range(count)]
-    return [process.communicate(timeout=LONG)[1] for process in processes]
-
-
-# A tool that ends by an exception: the interpreter imports while the thread does.
-TRACK_AND_FAIL = f"{TRACK}raise ValueError('of the tool')\n"
 
 
 def test_of_many_first_runs_one_tells_and_all_are_one_user(collector, state):
-    said = run_at_one_moment(10, TRACK_AND_FAIL)
+    # They wait for each other, and end by an exception: the interpreter imports while they do.
+    code = f"""
+import time
+
+trix_telemetry.DEFAULT_TIMEOUT_MS = 60_000
+time.sleep(max(0, {time.time() + 1} - time.time()))
+{TRACK}
+raise ValueError("of the tool")
+"""
+
+    tools = [start_tool(code) for _ in range(8)]
+    said = [tool.communicate(timeout=LONG)[1] for tool in tools]
 
     assert {text.splitlines()[-1] for text in said} == {"ValueError: of the tool"}
     assert sum("trix-cli" in text for text in said) == 1
-    assert len(collector.requests) == 10
+    assert len(collector.requests) == 8
     assert len(collector.users) == 1
     assert names(state) == ["config.toml", "fingerprint"]
 
 
-# Root in somebody else's home
+# The session: the end of the process, signals, forks
 
 
-@pytest.fixture
-def foreign(home, monkeypatch):
-    """Makes a home of another user's: as it is first, with a config, or with links."""
+def hostile(speak):
+    """Start a server that speaks with each connection by a function."""
 
-    def make(kind):
-        theirs = home / "theirs"
-        theirs.mkdir()
-        monkeypatch.setenv("HOME", str(theirs))
-        directory = theirs / ".tx3" / "trix"
-        if kind == "their-new-home":
-            pass
-        elif kind == "a-link-to-their-directory":
-            directory.mkdir(parents=True)
-            (directory / "config.toml").write_text(ON)
-            (home / ".tx3").symlink_to(theirs / ".tx3")
-            monkeypatch.setenv("HOME", str(home))
-        elif kind == "a-config-that-is-a-link-to-their-file":
-            (theirs / "config.toml").write_text(ON)
-            (home / ".tx3" / "trix").mkdir(parents=True)
-            (home / ".tx3" / "trix" / "config.toml").symlink_to(theirs / "config.toml")
-            monkeypatch.setenv("HOME", str(home))
-        elif kind == "a-link-of-theirs-to-a-directory-of-roots":
-            (home / "own").mkdir()
-            (home / "own" / "config.toml").write_text(ON)
-            (theirs / ".tx3").mkdir()
-            directory.symlink_to(home / "own")
-        elif kind == "no-file-in-the-place-of-the-config":
-            (directory / "config.toml").mkdir(parents=True)
-        else:
-            directory.mkdir(parents=True)
-            (directory / "config.toml").write_text(ON)
-        for path in (theirs, *theirs.rglob("*")):
-            os.lchown(path, NOBODY_ID, NOBODY_ID)
-        if kind == "a-directory-of-roots-in-their-home":
-            os.chown(directory, 0, 0)
-        return theirs
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            speak(self.request)
 
-    return make
-
-
-in_foreign_homes = pytest.mark.parametrize(
-    "kind",
-    [
-        "their-new-home",
-        "their-home",
-        "a-directory-of-roots-in-their-home",
-        "a-link-to-their-directory",
-        "a-config-that-is-a-link-to-their-file",
-        "a-link-of-theirs-to-a-directory-of-roots",
-        "no-file-in-the-place-of-the-config",
-    ],
-)
-
-
-@root
-@in_foreign_homes
-def test_root_makes_and_sends_nothing_in_a_directory_of_another_user(
-    collector, home, foreign, capfd, kind
-):
-    foreign(kind)
-    before = read_tree(home)
-
-    thread = track()
-
-    assert thread is None
-    assert capfd.readouterr() == ("", "")
-    assert read_tree(home) == before
-
-
-@root
-@cases(
-    "code",
-    {
-        "a-call": TRACK,
-        "status": "trix_telemetry.main(['status'])",
-        "disable": "trix_telemetry.main(['disable'])",
-        "get-user-fingerprint": "trix_telemetry.get_user_fingerprint()",
-    },
-)
-def test_root_opens_no_file_in_a_directory_of_another_user(collector, foreign, code):
-    theirs = foreign("their-home")
-    watch = f"""
-opened = []
-
-
-def watch(event, arguments):
-    if event == "open" and str(arguments[0]).startswith({str(theirs)!r}):
-        opened.append(arguments[0])
-
-
-sys.addaudithook(watch)
-{code}
-assert opened == [], opened
-"""
-
-    done = run_tool(watch)
-
-    assert done.returncode == 0, done.stderr
-
-
-@root
-@in_foreign_homes
-def test_status_tells_root_whose_directory_it_is(collector, home, foreign, capsys, kind):
-    foreign(kind)
-    before = read_tree(home)
-
-    code = trix_telemetry.main(["status"])
-
-    first = capsys.readouterr().out.splitlines()[0]
-    wanted = "Telemetry of trix-cli is off: .* belongs to user 65534, and this is root"
-    assert code == 0
-    assert re.fullmatch(wanted, first)
-    assert read_tree(home) == before
-
-
-@root
-@in_foreign_homes
-@pytest.mark.parametrize("command", ["enable", "disable", "reset"])
-def test_root_changes_nothing_in_a_directory_of_another_user(
-    collector, home, foreign, capsys, command, kind
-):
-    foreign(kind)
-    before = read_tree(home)
-
-    code = trix_telemetry.main([command])
-
-    out, err = capsys.readouterr()
-    assert (code, out) == (1, "")
-    assert re.fullmatch("trix-cli: error: .* belongs to user 65534, and this is root.*\n", err)
-    assert read_tree(home) == before
-
-
-@root
-def test_a_link_to_itself_is_told_to_root(home):
-    (home / ".tx3").symlink_to(home / ".tx3")
-
-    done = run_command("reset")
-
-    assert_error(done, f"{home}/.tx3 is a link that leads nowhere")
-
-
-@root
-@pytest.mark.parametrize("command", ["preview", "selftest"])
-def test_preview_and_selftest_work_for_root_in_the_home_of_another_user(
-    collector, home, foreign, command
-):
-    foreign("their-home")
-    before = read_tree(home)
-
-    done = run_command(command)
-
-    assert done.returncode == 0
-    assert read_tree(home) == before
-
-
-@root
-def test_root_in_a_home_of_its_own_sends(collector, config):
-    config()
-
-    track()
-
-    assert collector.commands == ["build"]
-
-
-COUNT_LOOKS = """
-import os
-
-looks = []
-look = os.lstat
-
-
-def count(path, **options):
-    looks.append(path)
-    return look(path, **options)
-
-
-os.lstat = count
-"""
-
-
-@root
-def test_the_owner_costs_no_system_call_where_the_user_is_not_root(config, collector):
-    config()
-
-    done = run_tool(f"{COUNT_LOOKS}os.geteuid = os.getpid\n{TRACK}print(len(looks))")
-
-    assert done.stdout == "0\n"
-    assert collector.commands == ["build"]
-
-
-# Puts a link in the place of each temporary file, and a file in that of each link.
-ATTACKER = """
-import os
-import sys
-
-directory, secret = sys.argv[1:]
-config = os.path.join(directory, "config.toml")
-os.setgid(65534)
-os.setuid(65534)
-print("ready", flush=True)
-while True:
-    for entry in os.scandir(directory):
-        try:
-            if entry.name.endswith(".tmp"):
-                os.unlink(entry.path)
-                os.symlink(secret, entry.path)
-            elif entry.is_symlink():
-                os.unlink(config)
-                with open(config, "w") as file:
-                    file.write("[telemetry]\\nenabled = true\\n")
-        except OSError:
-            pass
-"""
-
-
-@root
-def test_a_user_who_puts_links_in_the_way_of_root_gets_no_file_of_root(home, foreign):
-    theirs = foreign("their-home")
-    let_others_in(theirs)
-    secret = home / "secret"
-    secret.write_text("of root")
-    secret.chmod(0o600)
-    command = [sys.executable, "-c", ATTACKER, theirs / ".tx3" / "trix", secret]
-    attacker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert attacker.stdout.readline() == "ready\n"
-
-    for _ in range(10):
-        run_command("disable")
-        run_command("enable")
-
-    is_running = attacker.poll() is None
-    attacker.kill()
-    attacker.communicate()
-    assert is_running
-    assert (secret.stat().st_uid, stat.S_IMODE(secret.stat().st_mode)) == (0, 0o600)
-    assert secret.read_text() == "of root"
-
-
-# Servers that are hostile: each speaks with one connection
-
-
-def close(connection):
-    """End a connection at once."""
+    return serve(socketserver.ThreadingTCPServer, Handler)
 
 
 def silence(connection):
@@ -2788,56 +1901,254 @@ def silence(connection):
     time.sleep(LONG)
 
 
-def answer_late(connection):
-    connection.recv(65536)
-    time.sleep(1.4)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-    connection.recv(65536)
+def test_each_process_that_ends_at_once_delivers(collector, config):
+    config(timeout_ms=60_000)
+
+    for _ in range(4):
+        tools = [start_tool() for _ in range(4)]
+        for tool in tools:
+            tool.communicate(timeout=LONG)
+
+    assert len(collector.requests) == 16
+    assert len(collector.users) == 1
 
 
-def reset(connection):
-    connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 200")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+def test_output_arrives_before_the_wait(config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
+    code = f"{TRACK}print('done')\nprint('told', end='', file=sys.stderr)"
+
+    process = start_tool(code)
+    late = threading.Timer(LONG / 2, process.kill)
+    late.start()
+    out = process.stdout.readline()
+    err = process.stderr.read(4)
+    late.cancel()
+    is_waiting = process.poll() is None
+    process.kill()
+    process.communicate()
+
+    assert (out, err) == ("done\n", "told")
+    assert is_waiting
 
 
-def flood(connection):
-    connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n")
-    while True:
-        connection.sendall(b"x" * 65536)
+@posix
+def test_a_reader_that_is_gone_changes_nothing(config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=300)
+    read, write = os.pipe()
+    os.close(read)
+
+    done = run_tool(f"print('x' * 10)\n{TRACK}", stdout=write)
+
+    os.close(write)
+    # As Python itself ends then.
+    assert done.returncode == 120
+    assert "telemetry" not in done.stderr
 
 
-def drip(first, more, pause):
-    """Return a function that sends `first`, and then `more` again and again."""
+# Its output arrives right before the wait.
+END_SOON = f"""
+import signal
 
-    def speak(connection):
-        connection.recv(65536)
-        connection.sendall(first)
-        for _ in range(int(LONG / pause)):
-            connection.sendall(more)
-            time.sleep(pause)
-
-    return speak
+signal.signal(signal.SIGINT, signal.default_int_handler)
+{TRACK}
+print("waiting")
+sys.exit(7)
+"""
 
 
-def say(*parts):
-    """Return a function that sends these parts and closes the connection."""
+@posix
+@pytest.mark.parametrize("delay", [0, 0.02, 0.3])
+@cases(
+    ("number", "code"),
+    {"ctrl-c": (signal.SIGINT, 7), "terminate": (signal.SIGTERM, -signal.SIGTERM)},
+)
+def test_a_signal_ends_the_wait(config, number, code, delay):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
 
-    def speak(connection):
-        connection.recv(65536)
-        for part in parts:
-            connection.sendall(part)
+    process = start_tool(END_SOON)
+    said = process.stdout.readline()
+    time.sleep(delay)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=LONG / 2)
 
-    return speak
+    assert (said, out, err) == ("waiting\n", "", "")
+    assert process.returncode == code
 
 
-# The thread: a host is unharmed, whatever the network does
+@posix
+def test_an_exception_of_a_signal_handler_ends_the_wait(config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
+    code = """
+        import signal
+
+
+        def stop(number, frame):
+            raise GeneratorExit
+
+
+        signal.signal(signal.SIGALRM, stop)
+        trix_telemetry.track_command_execution("build")
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+    """
+
+    done = run_tool(code, timeout=LONG / 2)
+
+    assert_silent(done)
+
+
+FORK = """
+import os
+
+
+def do_nothing():
+    pass
+
+
+def fork(work):
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@posix
+@pytest.mark.parametrize("delay", [0, 0.018, 0.036])
+def test_a_fork_at_any_moment_leaves_a_child_that_can_import_and_track(collector, config, delay):
+    config(EDITED_CONFIG.replace("2000", "60000"))
+    code = f"""
+import time
+
+
+def work():
+    import tomllib, json, urllib.request, ssl
+
+    trix_telemetry.track_command_execution("child").join()
+
+
+trix_telemetry.track_command_execution("parent")
+time.sleep({delay})
+fork(work)
+"""
+
+    done = run_tool(FORK + code, "-W", "ignore", timeout=LONG / 2)
+
+    assert_silent(done)
+    assert sorted(collector.commands) == ["child", "parent"]
+
+
+@posix
+def test_a_fork_waits_until_nothing_is_imported_any_more(config):
+    config(otlp_endpoint=hostile(silence).url)
+    code = """
+        import os
+
+        trix_telemetry.MAX_IMPORT_SECONDS = 60
+        trix_telemetry.track_command_execution("build")
+        (delivery,) = trix_telemetry.get_session().deliveries
+        if os.fork() == 0:
+            os._exit(0)
+        print(delivery.is_prepared.is_set(), flush=True)
+        os._exit(0)
+    """
+
+    done = run_tool(code, "-W", "ignore")
+
+    assert done.stdout == "True\n"
+
+
+@posix
+def test_a_fork_beside_a_request_waits_for_nothing(config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
+    code = f"{FORK}{TRACK}fork(do_nothing)\nos._exit(3)"
+
+    done = run_tool(code, "-W", "ignore", timeout=LONG / 2)
+
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+@posix
+def test_a_forked_child_has_a_session_of_its_own(config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
+    code = """
+        def work():
+            assert trix_telemetry.track_command_execution("child") is not None
+
+
+        for _ in range(4):
+            assert trix_telemetry.track_command_execution("parent") is not None
+        fork(work)
+        os._exit(0)
+    """
+
+    done = run_tool(FORK + textwrap.dedent(code), "-W", "ignore", timeout=LONG / 2)
+
+    assert_silent(done)
+
+
+@posix
+@pytest.mark.parametrize("delay", [0, 0.02, 0.3])
+def test_a_daemon_holds_no_later_command_up(collector, config, home, delay):
+    config(EDITED_CONFIG.replace("2000", "60000"))
+    (home / "held").touch()
+    code = f"""
+import os
+import time
+
+trix_telemetry.track_command_execution("build")
+time.sleep({delay})
+if os.fork():
+    os._exit(0)
+os.setsid()
+for descriptor in (0, 1, 2):
+    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+while os.path.exists("held"):
+    time.sleep(0.1)
+"""
+
+    done = run_tool(code, "-W", "ignore", cwd=home)
+    later = run_tool("trix_telemetry.track_command_execution('next')", timeout=LONG / 2)
+    (home / "held").unlink()
+
+    assert_silent(done)
+    assert_silent(later)
+    assert "next" in collector.commands
+
+
+POOL = """
+import multiprocessing
+
+
+def work(number):
+    trix_telemetry.track_command_execution("child").join()
+    return number
+
+
+if __name__ == "__main__":
+    trix_telemetry.track_command_execution("parent")
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        assert pool.map(work, range(3)) == [0, 1, 2]
+        pool.close()
+        pool.join()
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=posix)])
+def test_a_pool_of_processes_counts_each_call_once(collector, config, home, method):
+    config(timeout_ms=60_000)
+    (home / "pool.py").write_text(script(POOL))
+
+    done = run([sys.executable, "-W", "ignore", home / "pool.py", method])
+
+    assert_silent(done)
+    assert sorted(collector.commands) == ["child", "child", "child", "parent"]
+
+
+# A delivery: a host is unharmed, whatever it does
 
 
 HOSTS = {
-    "ends-at-once": TRACK,
-    "no-stdout": f"{TRACK}sys.stdout = None",
     "an-event-loop": """
         import asyncio
 
@@ -2864,7 +2175,17 @@ http.client.HTTPConnection.debuglevel = 1
 {TRACK}
 """,
     "no-ssl": f"sys.modules['ssl'] = sys.modules['_ssl'] = None\n{TRACK}",
-    "logging-without-a-handler": f"import logging\n{TRACK}",
+    "no-stdout": f"{TRACK}sys.stdout = None",
+    "a-stdout-of-its-own": f"""
+class Stream:
+    def flush(self):
+        sys.stdout = sys.__stdout__
+        raise ZeroDivisionError
+
+
+{TRACK}
+sys.stdout = Stream()
+""",
     "a-destructor-that-tracks": """
         import builtins
 
@@ -2877,29 +2198,6 @@ http.client.HTTPConnection.debuglevel = 1
         last = builtins.last = sys.last = trix_telemetry.last = Last()
         trix_telemetry.track_command_execution("build")
     """,
-    "a-destructor-that-imports": """
-        import contextlib
-
-
-        class Last:
-            def __del__(self):
-                with contextlib.suppress(ImportError):
-                    import tomllib, json, urllib.request, ssl
-
-
-        last = Last()
-        trix_telemetry.track_command_execution("build")
-    """,
-    "a-stdout-of-its-own": f"""
-class Stream:
-    def flush(self):
-        sys.stdout = sys.__stdout__
-        raise ZeroDivisionError
-
-
-{TRACK}
-sys.stdout = Stream()
-""",
     "an-exit-hook": f"""
 import atexit
 
@@ -2907,6 +2205,16 @@ atexit.register(trix_telemetry.track_command_execution, "late")
 {TRACK}
 """,
 }
+
+
+@cases("code", HOSTS)
+def test_a_host_is_unharmed_and_its_point_arrives(collector, config, code):
+    config(EDITED_CONFIG)
+
+    done = run_tool(code, "-X", "dev", "-W", "error")
+
+    assert_silent(done)
+    assert collector.commands.count("build") == 1
 
 
 # The frame of the exception is kept until Python clears its modules.
@@ -2953,61 +2261,21 @@ def test_a_late_destructor_that_tracks_is_silent(collector, config, code):
     assert done.stderr.endswith("\nZeroDivisionError\n")
 
 
-@cases("code", HOSTS)
-@cases("flags", {"plain": [], "warnings-are-errors": ["-X", "dev", "-W", "error"]})
-def test_a_host_is_unharmed_and_its_point_arrives(collector, config, code, flags):
-    config(EDITED_CONFIG)
-
-    done = run_tool(code, *flags)
-
-    assert_silent(done)
-    assert collector.commands.count("build") == 1
-
-
-def test_a_thread_that_outlives_the_main_one_counts(collector, config):
-    config()
-    # Python 3.12 starts no thread then.
-    wanted = [] if sys.version_info[:2] == (3, 12) else ["build"]
-    code = """
-        import threading
-
-
-        def work():
-            threading.main_thread().join()
-            trix_telemetry.track_command_execution("build")
-
-
-        threading.Thread(target=work).start()
-    """
-
-    done = run_tool(code)
-
-    assert_silent(done)
-    assert collector.commands == wanted
-
-
-@cases("flags", {"isolated": ["-I", "-S"], "optimized": ["-OO"]})
-def test_any_way_to_run_python_counts(collector, config, flags):
-    config(EDITED_CONFIG)
-
-    done = run_tool(TRACK, *flags)
-
-    assert_silent(done)
-    assert collector.commands == ["build"]
-
-
 def test_a_host_whose_threads_cannot_start_is_unharmed(collector, config):
-    config()
+    config(timeout_ms=60_000)
     code = """
-        import contextlib
         import threading
 
-        with contextlib.suppress(ValueError):
-            threading.stack_size(1 << 46)
-        trix_telemetry.track_command_execution("build")
+
+        def fail(thread):
+            raise RuntimeError("can't start new thread")
+
+
+        threading.Thread.start = fail
+        assert trix_telemetry.track_command_execution("build") is None
     """
 
-    done = run_tool(code)
+    done = run_tool(code, timeout=LONG / 2)
 
     assert_silent(done)
 
@@ -3020,18 +2288,12 @@ def test_the_output_of_a_host_is_its_own(collector, config):
     assert (done.returncode, done.stdout, done.stderr) == (5, "out\n", "err\n")
 
 
-MODULES = ["threading", "json", "http.client", "hashlib", "socket", "urllib.request", "tomllib"]
-MODULES += ["http", "atexit", "signal", "select", "re"]
-
-
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ["threading", "tomllib"])
 def test_a_python_without_a_module_is_silent(collector, config, module):
     config(EDITED_CONFIG)
     code = f"""
         sys.modules[{module!r}] = None
-        thread = trix_telemetry.track_command_execution("build")
-        if thread is not None:
-            thread.join()
+        trix_telemetry.track_command_execution("build")
         del sys.modules[{module!r}]
     """
 
@@ -3040,57 +2302,37 @@ def test_a_python_without_a_module_is_silent(collector, config, module):
     assert_silent(done)
 
 
-@pytest.mark.parametrize("module", ["http", "tomllib"])
-def test_status_names_a_module_that_is_missing(collector, config, module):
+def test_status_names_a_module_that_is_missing(collector, config):
     config(EDITED_CONFIG)
 
-    done = run_tool(f"sys.modules[{module!r}] = None\ntrix_telemetry.main(['status'])")
+    done = run_tool("sys.modules['tomllib'] = None\ntrix_telemetry.main(['status'])")
 
-    first = first_line(done)
-    assert first.startswith(f"Telemetry of trix-cli is off: this Python has no module {module}")
+    assert first_line(done) == "Telemetry of trix-cli is off: this Python has no module tomllib"
 
 
-GREEN = """
+@packages
+@posix
+@cases(
+    ("library", "patch"),
+    {
+        "gevent": ("gevent", "from gevent import monkey\nmonkey.patch_all()\n"),
+        "eventlet": ("eventlet", "import eventlet\neventlet.monkey_patch()\n"),
+    },
+)
+def test_a_host_with_green_threads_counts_and_keeps_its_signals(collector, library, patch):
+    pytest.importorskip(library)
+    code = """
 import signal
 
-
-def end(number, frame):
-    raise SystemExit(7)
-
-
-signal.signal(signal.SIGTERM, end)
 trix_telemetry.track_command_execution("build").join()
-assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
-PATCHES = {
-    "gevent": ("gevent", "from gevent import monkey\nmonkey.patch_all()\n"),
-    "eventlet": ("eventlet", "import eventlet\neventlet.monkey_patch()\n"),
-}
 
+    done = run_tool(patch + code, "-W", "ignore")
 
-@packages
-@posix
-@cases(("library", "patch"), PATCHES)
-def test_a_host_with_green_threads_is_told_and_counted(collector, library, patch):
-    pytest.importorskip(library)
-
-    done = run_tool(patch + GREEN, "-W", "ignore")
-
-    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stdout == "set()\n"
     assert done.stderr.count("trix-cli") == 1
     assert collector.commands == ["build"]
-
-
-@packages
-@posix
-@cases(("library", "patch"), PATCHES)
-def test_a_host_with_green_threads_keeps_its_signals(collector, config, library, patch):
-    pytest.importorskip(library)
-    config()
-
-    done = run_tool(patch + GREEN, "-W", "ignore")
-
-    assert_silent(done)
 
 
 # A signal handler that tracks, while the host tracks.
@@ -3133,7 +2375,7 @@ def describe():
 trix_telemetry.get_session()
 before = describe()
 signal.signal(signal.SIGALRM, track_alarm)
-for _ in range(1000):
+for _ in range(300):
     signal.setitimer(signal.ITIMER_REAL, 0.0002)
     trix_telemetry.track_command_execution("build")
 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -3155,7 +2397,7 @@ def test_a_host_that_tracks_often_keeps_its_settings_threads_and_files(collector
 
 
 @posix
-def test_the_signals_of_a_host_are_left_to_the_host(hostile, config):
+def test_the_signals_of_a_host_are_left_to_the_host(config):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
     code = """
         import os
@@ -3175,17 +2417,75 @@ def test_the_signals_of_a_host_are_left_to_the_host(hostile, config):
 
 
 @posix
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_host_that_dies_of_a_broken_pipe_lives(hostile, config, scheme):
-    url = hostile(close).url.replace("http", scheme)
-    config(otlp_endpoint=url)
+def test_a_host_that_dies_of_a_broken_pipe_lives(config):
+    config(otlp_endpoint=hostile(lambda connection: None).url)
 
     done = run_tool(f"import signal\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\n{TRACK}")
 
     assert_silent(done)
 
 
+def test_four_deliveries_are_under_way_at_most(config):
+    server = hostile(silence)
+    config(otlp_endpoint=server.url, timeout_ms=1000)
+
+    threads = [trix_telemetry.track_command_execution("build") for _ in range(10)]
+
+    assert [thread is not None for thread in threads] == [True] * 4 + [False] * 6
+    for thread in threads[:4]:
+        thread.join(LONG)
+    assert server.accepted == 4
+
+
+def test_a_module_that_python_breaks_in_two_threads_is_imported_before_the_thread(config):
+    config()
+    is_broken = sys.version_info[:3] == (3, 13, 0)
+    code = f"""
+{TRACK}
+is_imported = "collections.abc" in sys.modules
+assert is_imported or not {is_broken}
+"""
+
+    done = run_tool(code, env={ENDPOINT: "http://127.0.0.1:1"})
+
+    assert_silent(done)
+
+
+# A delivery: a host is unharmed, whatever the network does
+
+
+def say(*parts):
+    """Return a function that sends these parts, and closes the connection."""
+
+    def speak(connection):
+        connection.recv(65536)
+        for part in parts:
+            connection.sendall(part)
+
+    return speak
+
+
+def drip(first, more, pause):
+    """Return a function that sends `first`, and then `more` again and again."""
+
+    def speak(connection):
+        connection.recv(65536)
+        connection.sendall(first)
+        for _ in range(int(LONG / pause)):
+            connection.sendall(more)
+            time.sleep(pause)
+
+    return speak
+
+
+def reset(connection):
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
 STATUS_LINE = b"HTTP/1.1 200 OK\r\n"
+LENGTH = b"Content-Length: 10000000000\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -3194,18 +2494,12 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
     {
         "silence": ("http", silence),
         "a-handshake-that-never-ends": ("https", silence),
-        "a-header-every-300-ms": ("http", drip(STATUS_LINE, b"X-A: b\r\n", 0.3)),
-        "endless-100-continue": ("http", drip(b"", CONTINUE, 0.05)),
+        "a-header-every-100-ms": ("http", drip(STATUS_LINE, b"X-A: b\r\n", 0.1)),
         "a-flood-of-100-continue": ("http", drip(b"", CONTINUE * 40_000, 0.05)),
-        "a-byte-of-the-status-every-100-ms": ("http", drip(b"", b"H", 0.1)),
-        "a-body-that-never-comes": (
-            "http",
-            drip(STATUS_LINE + b"Content-Length: 5\r\n\r\n", b"", 1),
-        ),
     },
 )
-def test_whatever_holds_the_line_the_process_ends_at_its_deadline(hostile, config, scheme, speak):
-    config(otlp_endpoint=hostile(speak).url.replace("http", scheme), timeout_ms=500)
+def test_whatever_holds_the_line_the_process_ends_at_its_deadline(config, scheme, speak):
+    config(otlp_endpoint=hostile(speak).url.replace("http", scheme), timeout_ms=400)
 
     done = run_tool(READY + TRACK, timeout=LONG / 4)
 
@@ -3217,20 +2511,25 @@ def test_whatever_holds_the_line_the_process_ends_at_its_deadline(hostile, confi
     {
         "noise": say(random.Random(1).randbytes(4096)),
         "a-reset": reset,
-        "a-close": close,
         "an-endless-header": drip(STATUS_LINE, b"x" * 65536, 0.001),
-        "a-body-of-10-gb": flood,
-        "a-body-that-drips": drip(STATUS_LINE + b"Content-Length: 1000\r\n\r\n", b"x", 0.2),
-        "chunks-that-are-none": say(STATUS_LINE + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+        "a-body-of-10-gb": drip(STATUS_LINE + LENGTH, b"x" * 65536, 0.001),
+        "a-body-that-drips": drip(STATUS_LINE + LENGTH, b"x", 0.2),
     },
 )
-def test_what_fails_or_succeeds_at_once_costs_no_time(hostile, config, state, speak):
+def test_what_fails_or_succeeds_at_once_costs_no_time(config, state, speak):
     config(otlp_endpoint=hostile(speak).url, timeout_ms=60_000)
 
     done = run_tool(timeout=LONG / 2)
 
     assert_silent(done)
     assert names(state) == ["config.toml", "fingerprint"]
+
+
+def answer_late(connection):
+    connection.recv(65536)
+    time.sleep(0.9)
+    connection.sendall(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
+    connection.recv(65536)
 
 
 LOOK_UP_NEVER_ENDS = f"""
@@ -3247,16 +2546,15 @@ socket.getaddrinfo = wait
 
 
 @cases(
-    ("code", "speak", "timeout_ms"),
+    ("code", "speak"),
     {
-        "silence": ("", silence, 1200),
-        "a-late-answer": ("", answer_late, 2000),
-        "a-look-up-that-never-ends": (LOOK_UP_NEVER_ENDS, silence, 1200),
+        "a-late-answer": ("", answer_late),
+        "a-look-up-that-never-ends": (LOOK_UP_NEVER_ENDS, silence),
     },
 )
-def test_a_wait_for_the_network_begins_a_back_off(hostile, config, state, code, speak, timeout_ms):
+def test_a_wait_for_the_network_begins_a_back_off(config, state, code, speak):
     server = hostile(speak)
-    config(otlp_endpoint=server.url, timeout_ms=timeout_ms)
+    config(otlp_endpoint=server.url, timeout_ms=1200)
 
     done = run_tool(READY + code + TRACK)
 
@@ -3267,24 +2565,55 @@ def test_a_wait_for_the_network_begins_a_back_off(hostile, config, state, code, 
 
 
 @posix
-def test_a_back_off_is_for_the_user_alone(hostile, config, state):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=200)
+def test_a_long_wait_that_ctrl_c_has_ended_begins_a_back_off(config, state):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=1500)
+    code = f"""
+{READY}
+import signal
 
-    run_tool(READY + TRACK)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+{TRACK}
+signal.setitimer(signal.ITIMER_REAL, 1.2)
+"""
 
-    assert stat.S_IMODE((state / "backoff").stat().st_mode) == 0o600
+    done = run_tool(code)
+
+    assert_silent(done)
+    assert (state / "backoff").exists()
 
 
-def test_a_command_that_outlasts_its_request_begins_no_back_off(hostile, config, state):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=300)
+def test_a_command_that_outlasts_its_request_begins_no_back_off(config, state):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=100)
 
-    done = run_tool(f"{TRACK}import time\ntime.sleep(0.8)")
+    done = run_tool(f"{TRACK}import time\ntime.sleep(0.3)")
 
     assert_silent(done)
     assert "backoff" not in names(state)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 500, 502])
+def test_imports_that_take_long_begin_no_back_off(collector, config, state):
+    config(timeout_ms=1600)
+    code = f"""
+import time
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tomllib":
+            time.sleep(1)
+
+
+sys.meta_path.insert(0, Finder())
+{TRACK}
+"""
+
+    done = run_tool(code)
+
+    assert_silent(done)
+    assert "backoff" not in names(state)
+
+
+@pytest.mark.parametrize("status", [400, 500])
 def test_an_answer_that_refuses_the_point_begins_no_back_off(collector, config, state, status):
     config()
     collector.answer = (status, {}, b"go away")
@@ -3321,378 +2650,17 @@ socket.getaddrinfo = fail
 """
 
 
-def test_an_unknown_host_begins_no_back_off(config, state):
-    config(otlp_endpoint="http://h", timeout_ms=60_000)
+@cases("code", {"an-unknown-host": UNKNOWN_HOST, "a-refused-connection": ""})
+def test_what_fails_at_once_begins_no_back_off(config, state, code):
+    config(otlp_endpoint="http://127.0.0.1:1", timeout_ms=60_000)
 
-    done = run_tool(UNKNOWN_HOST + TRACK, timeout=LONG / 2)
-
-    assert_silent(done)
-    assert "backoff" not in names(state)
-
-
-def test_a_refused_connection_begins_no_back_off(config, state):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    config(otlp_endpoint=f"http://127.0.0.1:{port}", timeout_ms=60_000)
-
-    done = run_tool(timeout=LONG / 2)
+    done = run_tool(code + TRACK, timeout=LONG / 2)
 
     assert_silent(done)
     assert "backoff" not in names(state)
 
 
-@cases("work", {"in-python": "pass", "without-the-lock": "pow(7, 10**5, 10**40000)"})
-def test_a_delay_of_the_hosts_own_making_begins_no_back_off(collector, config, state, work):
-    config(timeout_ms=1000)
-    code = f"""
-        import threading
-
-
-        def load():
-            while True:
-                {work}
-
-
-        threading.Thread(target=load, daemon=True).start()
-        trix_telemetry.track_command_execution("build")
-    """
-
-    run_tool(code)
-
-    assert "backoff" not in names(state)
-
-
-# The session: the end of the process, forks, four at once
-
-
-def test_each_process_that_ends_at_once_delivers(collector, config):
-    config(timeout_ms=60_000)
-
-    processes = []
-    for _ in range(8):
-        processes += [start_tool() for _ in range(4)]
-        for process in processes[-4:]:
-            process.communicate(timeout=LONG)
-
-    assert [process.returncode for process in processes] == [0] * 32
-    assert len(collector.requests) == 32
-    assert len(collector.users) == 1
-
-
-def test_output_arrives_before_the_wait(hostile, config):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
-    code = f"{TRACK}print('done')\nprint('told', end='', file=sys.stderr)"
-
-    process = start_tool(code)
-    late = threading.Timer(LONG / 2, process.kill)
-    late.start()
-    out = process.stdout.readline()
-    err = process.stderr.read(4)
-    late.cancel()
-    is_waiting = process.poll() is None
-    process.kill()
-    process.communicate()
-
-    assert (out, err) == ("done\n", "told")
-    assert is_waiting
-
-
-# Its output arrives right before the wait.
-END_SOON = """
-import contextlib
-import signal
-
-
-class Last:
-    def __del__(self):
-        with contextlib.suppress(ImportError):
-            import tomllib, json, http.client, ssl, urllib.request
-
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-last = Last()
-trix_telemetry.track_command_execution("build")
-print("waiting")
-sys.exit(7)
-"""
-
-
-@posix
-@pytest.mark.parametrize("delay", [0, 0.01, 0.03, 0.3])
-@cases(
-    ("number", "code"),
-    {"ctrl-c": (signal.SIGINT, 7), "terminate": (signal.SIGTERM, -signal.SIGTERM)},
-)
-def test_a_signal_ends_the_wait(hostile, config, number, code, delay):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
-
-    process = start_tool(END_SOON)
-    said = process.stdout.readline()
-    time.sleep(delay)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=LONG / 2)
-
-    assert (said, out, err) == ("waiting\n", "", "")
-    assert process.returncode == code
-
-
-@posix
-def test_a_long_wait_that_ctrl_c_has_ended_begins_a_back_off(hostile, config, state):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=3000)
-    code = f"""
-import signal
-
-signal.signal(signal.SIGALRM, signal.default_int_handler)
-{TRACK}
-signal.setitimer(signal.ITIMER_REAL, 2.6)
-"""
-
-    done = run_tool(code)
-
-    assert_silent(done)
-    assert (state / "backoff").exists()
-
-
-# A tool with a signal handler whose exception is nobody else's.
-STOP_SOON = """
-import os
-import signal
-
-
-class Stopped(BaseException):
-    pass
-
-
-def stop(number, frame):
-    raise Stopped
-
-
-signal.signal(signal.SIGALRM, stop)
-"""
-
-
-@posix
-def test_an_exception_of_a_signal_handler_ends_the_wait(hostile, config):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
-
-    done = run_tool(f"{STOP_SOON}{TRACK}signal.setitimer(signal.ITIMER_REAL, 1)")
-
-    assert_silent(done)
-
-
-@posix
-def test_an_exception_of_a_signal_handler_ends_the_wait_before_a_fork(collector, config):
-    config(EDITED_CONFIG)
-    code = """
-import time
-
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "tomllib":
-            signal.setitimer(signal.ITIMER_REAL, 0.15)
-            time.sleep(0.35)
-
-
-sys.meta_path.insert(0, Finder())
-trix_telemetry.track_command_execution("build")
-if os.fork() == 0:
-    os._exit(0)
-"""
-
-    done = run_tool(STOP_SOON + code, "-W", "ignore")
-
-    assert_silent(done)
-    assert collector.commands == ["build"]
-
-
-@posix
-def test_a_reader_that_is_gone_changes_nothing(hostile, config):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=300)
-    read, write = os.pipe()
-    os.close(read)
-
-    without = run_tool("print('x' * 10)", stdout=write)
-    done = run_tool(f"print('x' * 10)\n{TRACK}", stdout=write)
-
-    os.close(write)
-    assert without.returncode == 120
-    assert (done.returncode, done.stderr) == (without.returncode, without.stderr)
-
-
-FORK = """
-import os
-
-
-def do_nothing():
-    pass
-
-
-def fork(work):
-    child = os.fork()
-    if child == 0:
-        work()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-@posix
-@pytest.mark.parametrize("delay", [0, 0.009, 0.018, 0.027, 0.036, 0.054])
-def test_a_fork_at_any_moment_leaves_a_child_that_can_import_and_track(collector, config, delay):
-    config(EDITED_CONFIG.replace("2000", "60000"))
-    code = f"""
-import time
-
-
-def work():
-    import tomllib, json, urllib.request, ssl
-
-    trix_telemetry.track_command_execution("child").join()
-
-
-trix_telemetry.track_command_execution("parent")
-time.sleep({delay})
-fork(work)
-"""
-
-    done = run_tool(FORK + code, "-W", "ignore", timeout=LONG / 2)
-
-    assert_silent(done)
-    assert sorted(collector.commands) == ["child", "parent"]
-
-
-@posix
-def test_a_fork_waits_until_nothing_is_imported_any_more(hostile, config):
-    config(otlp_endpoint=hostile(silence).url)
-    code = """
-        import os
-
-        trix_telemetry.MAX_IMPORT_SECONDS = 60
-        trix_telemetry.track_command_execution("build")
-        (delivery,) = trix_telemetry.get_session().deliveries
-        if os.fork() == 0:
-            os._exit(0)
-        print(delivery.is_prepared.is_set(), flush=True)
-        os._exit(0)
-    """
-
-    done = run_tool(code, "-W", "ignore")
-
-    assert done.stdout == "True\n"
-
-
-@posix
-def test_a_fork_beside_a_request_waits_for_nothing(hostile, config):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
-    code = f"{FORK}{TRACK}fork(do_nothing)\nos._exit(3)"
-
-    done = run_tool(code, "-W", "ignore", timeout=LONG / 2)
-
-    assert (done.returncode, done.stderr) == (3, "")
-
-
-@posix
-def test_a_fork_in_an_exit_hook_holds_nothing_up(collector, config):
-    config()
-    code = """
-        import atexit
-
-
-        def fork_late():
-            try:
-                fork(do_nothing)
-            except RuntimeError:
-                # Python 3.12 and newer refuse it.
-                pass
-
-
-        atexit.register(fork_late)
-        trix_telemetry.track_command_execution("build")
-    """
-
-    done = run_tool(FORK + textwrap.dedent(code), "-W", "ignore", timeout=LONG / 2)
-
-    assert_silent(done)
-
-
-@posix
-def test_a_forked_child_has_a_session_of_its_own(hostile, config):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
-    code = """
-        def work():
-            assert trix_telemetry.track_command_execution("child") is not None
-
-
-        for _ in range(4):
-            assert trix_telemetry.track_command_execution("parent") is not None
-        fork(work)
-        os._exit(0)
-    """
-
-    done = run_tool(FORK + textwrap.dedent(code), "-W", "ignore", timeout=LONG / 2)
-
-    assert_silent(done)
-
-
-BECOME_DAEMON = """
-import os
-import time
-
-trix_telemetry.track_command_execution("build")
-time.sleep({delay})
-if os.fork():
-    os._exit(0)
-os.setsid()
-for descriptor in (0, 1, 2):
-    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-while os.path.exists("held"):
-    time.sleep(0.1)
-"""
-
-
-@posix
-@pytest.mark.parametrize("delay", [0, 0.01, 0.03, 0.06, 0.3])
-def test_a_daemon_holds_no_later_command_up(collector, config, home, delay):
-    config(EDITED_CONFIG.replace("2000", "60000"))
-    (home / "held").touch()
-
-    done = run_tool(BECOME_DAEMON.format(delay=delay), "-W", "ignore", cwd=home)
-    later = run_tool("trix_telemetry.track_command_execution('next')", timeout=LONG / 2)
-    (home / "held").unlink()
-
-    assert_silent(done)
-    assert_silent(later)
-    assert "next" in collector.commands
-
-
-POOL = """
-import multiprocessing
-
-
-def work(number):
-    trix_telemetry.track_command_execution("child").join()
-    return number
-
-
-if __name__ == "__main__":
-    trix_telemetry.track_command_execution("parent")
-    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
-        assert pool.map(work, range(3)) == [0, 1, 2]
-        pool.close()
-        pool.join()
-"""
-
-
-@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=posix)])
-def test_a_pool_of_processes_counts_each_call_once(collector, config, home, method):
-    config(timeout_ms=60_000)
-    (home / "pool.py").write_text(script(POOL))
-
-    done = run([sys.executable, "-W", "ignore", home / "pool.py", method])
-
-    assert_silent(done)
-    assert sorted(collector.commands) == ["child", "child", "child", "parent"]
+# What a tool calls: signals during the call, a vendored copy, copies beside each other
 
 
 @posix
@@ -3726,64 +2694,285 @@ def test_an_exception_of_a_signal_handler_during_a_call_reaches_the_host(collect
     assert collector.commands == ["build"]
 
 
-def test_a_module_that_python_breaks_in_two_threads_is_imported_before_the_thread(config):
-    config()
-    is_broken = sys.version_info[:3] == (3, 13, 0)
-    code = f"""
-{TRACK}
-is_imported = "collections.abc" in sys.modules
-assert is_imported or not {is_broken}
+VENDORED = """
+import json
+
+from acme._vendor import usage
+
+settings = {"service_name": "acme", "service_version": "3", "endpoint": sys.argv[1]}
+usage.initialize_telemetry(**settings, **json.loads(sys.argv[2]))
+usage.track_command_execution("build")
 """
 
-    done = run_tool(code, env={ENDPOINT: "http://127.0.0.1:1"})
 
-    assert_silent(done)
+@pytest.fixture
+def acme(home):
+    """A tool that copied the file, in a home in which Trix is on, with a collector of its own."""
+    vendor = home / "lib" / "acme" / "_vendor"
+    vendor.mkdir(parents=True)
+    (vendor / "usage.py").write_text(SOURCE, encoding="utf-8")
+    for package in (vendor, vendor.parent):
+        (package / "__init__.py").touch()
+    trix = home / ".tx3" / "trix"
+    trix.mkdir(parents=True)
+    (trix / "config.toml").write_text(f'{ON}otlp_endpoint = "http://127.0.0.1:9"\n')
+    (trix / "fingerprint").write_text("0123456789abcdef")
+    return Acme(home, Collector())
 
 
-def test_a_start_that_is_interrupted_leaves_nothing_under_way(collector, config):
-    config(timeout_ms=60_000)
-    code = """
-        import contextlib
-        import threading
+class Acme:
+    def __init__(self, home, collector):
+        self.library = home / "lib"
+        self.directory = home / ".config" / "acme" / "telemetry"
+        self.collector = collector
+
+    def run(self, code="", settings=None, url=None, **options):
+        """Run the tool, which counts build, with more code and more settings."""
+        program = script(VENDORED + textwrap.dedent(code), "acme", self.library)
+        url = self.collector.url if url is None else url
+        return run([sys.executable, "-c", program, url, json.dumps(settings or {})], **options)
 
 
-        def interrupt(thread):
-            raise KeyboardInterrupt
+def test_a_tool_leaves_the_files_of_trix_alone_and_makes_its_own(acme, state):
+    before = read_tree(state)
+
+    done = acme.run()
+
+    assert done.returncode == 0
+    assert read_tree(state) == before
+    assert names(acme.directory) == ["config.toml", "fingerprint"]
 
 
-        start = threading.Thread.start
-        threading.Thread.start = interrupt
-        for _ in range(4):
-            with contextlib.suppress(KeyboardInterrupt):
-                trix_telemetry.track_command_execution("interrupted")
-        threading.Thread.start = start
-        trix_telemetry.track_command_execution("build")
-    """
+def test_a_tool_neither_sends_nor_writes_nor_says_a_word_of_trix(acme, home):
+    done = acme.run("print(usage.main(['status']), usage.main(['--help']))")
 
-    done = run_tool(code, timeout=LONG / 2)
+    ((_, headers, body),) = acme.collector.requests
+    assert headers.pop("User-Agent") == "trix-telemetry/4.0.0"
+    shown = f"{done.stdout}{done.stderr}{headers}{body}{read_tree(acme.directory)}"
+    assert "trix" not in shown.replace(str(home), "").lower()
 
-    assert_silent(done)
+
+def test_without_prog_the_texts_name_the_variables_and_the_file(acme):
+    done = acme.run("usage.main(['status'])")
+
+    assert "ACME_TELEMETRY=0 or DO_NOT_TRACK=1" in done.stderr
+    assert str(acme.directory / "config.toml") in done.stderr
+    assert "  Change       `enabled` in the config\n" in done.stdout
+    assert "python -m" not in done.stdout + done.stderr
+
+
+def test_docs_url_is_shown_in_the_notice_and_in_status(acme):
+    done = acme.run("usage.main(['status'])", {"docs_url": "https://acme.example/usage"})
+
+    assert done.stderr.endswith("  Read more: https://acme.example/usage\n")
+    assert done.stdout.endswith("  Read more    https://acme.example/usage\n")
+
+
+def test_prog_of_main_is_shown(acme):
+    done = acme.run("usage.main([], prog='acme usage')")
+
+    assert "  Change       acme usage enable, acme usage disable\n" in done.stdout
+
+
+def test_the_version_is_that_of_the_telemetry(acme):
+    done = acme.run("usage.main(['--version'])")
+
+    assert done.stdout == "telemetry 4.0.0\n"
+
+
+def test_metric_name_can_be_given(collector, home):
+    initialize(collector.url, metric_name="runs")
+
+    track()
+
+    assert collector.points[0].metric["name"] == "runs"
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_a_directory_can_be_text_or_a_path(collector, home, kind):
+    initialize(collector.url, directory=kind(home / "own"))
+
+    track()
+
+    assert names(home / "own") == ["config.toml", "fingerprint"]
+
+
+@cases(
+    ("variable", "value"),
+    {
+        "off": ("MY_USAGE", "0"),
+        "endpoint": ("MY_USAGE_ENDPOINT", ""),
+        "debug": ("MY_USAGE_DEBUG", "1"),
+    },
+)
+def test_environment_can_be_given(collector, home, monkeypatch, variable, value):
+    initialize(collector.url, environment="MY_USAGE")
+    monkeypatch.setenv(variable, value)
+
+    track()
+
+    assert names(home) == []
+
+
+def test_a_name_outside_of_commands_is_not_counted(collector, home):
+    initialize(collector.url, commands=["test"])
+
+    track("build")
+    track("test")
+
+    assert collector.commands == ["test"]
+
+
+def test_status_takes_a_name_of_commands_that_can_be_counted(home, command):
+    initialize(commands=["db:migrate", "serve"])
+
+    done = command("status")
+
+    assert first_line(done) == "Telemetry of acme is on"
+
+
+def test_opt_in_makes_and_says_nothing(collector, home, capfd):
+    initialize(collector.url, opt_in=True)
+
+    track()
+
+    assert capfd.readouterr() == ("", "")
+    assert names(home) == []
+
+
+def test_opt_in_is_on_after_enable(collector, command):
+    initialize(collector.url, opt_in=True)
+    before = command("status")
+
+    command("enable")
+    track()
+
+    assert first_line(before).startswith("Telemetry of acme is off: it is opt-in, and ")
     assert collector.commands == ["build"]
 
 
-def test_four_deliveries_are_under_way_at_most(hostile, config):
-    server = hostile(silence)
-    config(otlp_endpoint=server.url, timeout_ms=1000)
-
-    threads = [trix_telemetry.track_command_execution("build") for _ in range(10)]
-
-    assert [thread is not None for thread in threads] == [True] * 4 + [False] * 6
-    for thread in threads[:4]:
-        thread.join(LONG)
-    assert server.accepted == 4
+SECRET = {"Authorization": "secret", "Host": "x"}
 
 
-# What a tool calls: copies beside each other, a zipapp
+def test_headers_go_to_the_endpoint_of_the_tool(collector, home):
+    initialize(collector.url, headers=SECRET)
+
+    track()
+
+    ((_, headers, _),) = collector.requests
+    assert headers["Authorization"] == "secret"
+    assert headers["Host"] == collector.url.removeprefix("http://")
 
 
-def test_two_copies_in_one_process_do_not_know_of_each_other(acme, home, new_collector):
+def test_headers_do_not_go_to_the_endpoint_of_the_environment(collector, home, monkeypatch):
+    initialize(headers=SECRET)
+    monkeypatch.setenv("ACME_TELEMETRY_ENDPOINT", collector.url)
+
+    track()
+
+    ((_, headers, _),) = collector.requests
+    assert "Authorization" not in headers
+
+
+def test_headers_do_not_go_to_the_endpoint_of_the_config(collector, config, state):
+    config(otlp_endpoint=collector.url)
+    initialize(headers=SECRET, directory=state)
+
+    track()
+
+    ((_, headers, _),) = collector.requests
+    assert "Authorization" not in headers
+
+
+@cases(
+    ("service_name", "slug"),
+    {"words": ("My Tool/2.0", "my_tool_2_0"), "umlauts": ("\u00fcml\u00e4ut", "_ml_ut")},
+)
+def test_metric_directory_and_variable_follow_from_the_name(
+    collector, home, monkeypatch, service_name, slug
+):
+    initialize(collector.url, service_name=service_name)
+
+    track()
+    monkeypatch.setenv(f"{slug.upper()}_TELEMETRY", "0")
+    track()
+
+    (point,) = collector.points
+    assert point.metric["name"] == f"{slug}_command_invocation"
+    assert names(home / ".config" / slug / "telemetry") == ["config.toml", "fingerprint"]
+
+
+@cases(("base", "made"), {"absolute": ("{home}/xdg", "xdg"), "relative": ("xdg", ".config")})
+def test_xdg_config_home_counts_where_it_is_absolute(collector, home, monkeypatch, base, made):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XDG_CONFIG_HOME", base.format(home=home))
+    initialize(collector.url)
+
+    track()
+
+    assert names(home) == [made]
+
+
+def test_a_tool_that_names_no_directory_has_the_one_of_the_system(collector, home, monkeypatch):
+    monkeypatch.setenv("APPDATA", str(home / "Roaming"))
+    initialize(collector.url)
+
+    track()
+
+    base = "Roaming" if os.name == "nt" else ".config"
+    assert names(home) == [base]
+
+
+@pytest.fixture
+def edited_copy(acme):
+    """The copy of acme, with the values at its top edited."""
+    values = {
+        "service_name": "acme",
+        "service_version": "3",
+        "endpoint": acme.collector.url,
+        "metric_name": "acme_runs",
+        "directory": "~/.acme",
+        "environment": "ACME_USAGE",
+        "prog": "python -m acme._vendor.usage",
+    }
+    text = SOURCE
+    for name, value in values.items():
+        pattern = rf'(?m)^    {name}(: ".*")? = ".*"'
+        text, count = re.subn(pattern, f'    {name} = "{value}"', text)
+        assert count == 1
+    path = acme.library / "acme" / "_vendor" / "usage.py"
+    path.write_text(text, encoding="utf-8")
+    return acme
+
+
+def test_a_copy_with_its_values_edited_counts(edited_copy, home):
+    code = """
+        from acme._vendor import usage
+
+        usage.track_command_execution("build")
+    """
+
+    done = run([sys.executable, "-c", script(code, "acme", edited_copy.library)])
+
+    (point,) = edited_copy.collector.points
+    assert point.metric["name"] == "acme_runs"
+    assert point.resource["service.name"] == "acme"
+    assert names(home / ".acme") == ["config.toml", "fingerprint"]
+    assert "python -m acme._vendor.usage disable" in done.stderr
+
+
+def test_a_copy_with_its_values_edited_has_its_commands(edited_copy):
+    env = {"PYTHONPATH": str(edited_copy.library)}
+
+    done = run([sys.executable, "-m", "acme._vendor.usage", "status"], env=env)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert first_line(done) == "Telemetry of acme is on"
+
+
+def test_two_copies_in_one_process_do_not_know_of_each_other(acme, home):
     shutil.copytree(home / "lib" / "acme", home / "lib" / "other")
-    other = new_collector()
+    other = Collector()
     code = """
         from other._vendor import usage
 
@@ -3801,52 +2990,20 @@ def test_two_copies_in_one_process_do_not_know_of_each_other(acme, home, new_col
     assert acme.collector.users.isdisjoint(other.users)
 
 
-@pytest.fixture
-def zipapp(acme, home):
-    """An archive of acme, which counts build and has the command line behind its arguments."""
-    main = f"""
-import sys
-
-sys.argv[1:1] = [{acme.collector.url!r}, "{{}}"]
-{VENDORED}
-if sys.argv[3:]:
-    sys.exit(usage.main(sys.argv[3:]))
-"""
+def test_a_zipapp_counts(acme, home):
     archive = home / "acme.pyz"
     with zipfile.ZipFile(archive, "w") as file:
         for path in acme.library.rglob("*.py"):
             file.write(path, path.relative_to(acme.library))
-        file.writestr("__main__.py", main)
-    return archive
+        file.writestr("__main__.py", f"import sys\n{VENDORED}")
 
-
-def test_a_zipapp_counts(zipapp, acme):
-    done = run([sys.executable, zipapp])
+    done = run([sys.executable, archive, acme.collector.url, "{}"])
 
     assert (done.returncode, done.stdout) == (0, "")
     assert acme.collector.commands == ["build"]
 
 
-def test_a_zipapp_has_its_selftest(zipapp, acme):
-    done = run([sys.executable, zipapp, "selftest"])
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(" ms: HTTP 200\n")
-
-
-# The command line
-
-
-@pytest.fixture
-def command(capsys):
-    """Runs the command line in this process."""
-
-    def run_here(*arguments):
-        code = trix_telemetry.main(list(arguments))
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, out, err)
-
-    return run_here
+# The command line: status
 
 
 def test_status_shows_all(collector, state, command):
@@ -3904,43 +3061,50 @@ def test_status_as_json(home, monkeypatch, command):
 
 
 def test_status_as_json_of_what_is_off(collector, config, command):
-    config(OFF)
-
-    facts = json.loads(command("status", "--json").stdout)
-
-    assert facts["enabled"] is False
-    assert facts["reason"] == "config.toml says enabled = false"
-    assert facts["encrypted"] is False
-
-
-def test_status_as_json_exits_1_for_an_invalid_setting(collector, config, command):
     config("[telemetry]\nenabled = 1\n")
 
     done = command("status", "--json")
 
+    facts = json.loads(done.stdout)
     assert done.returncode == 1
-    assert json.loads(done.stdout)["reason"] == "telemetry.enabled must be true or false"
+    assert facts["enabled"] is False
+    assert facts["reason"] == "telemetry.enabled must be true or false"
+
+
+def test_status_as_json_says_what_is_not_encrypted(collector, config, command):
+    config(OFF)
+
+    facts = json.loads(command("status", "--json").stdout)
+
+    assert facts["encrypted"] is False
+
+
+def test_status_as_json_names_a_tool_whose_name_is_no_text(command):
+    initialize(service_name=b"x")
+
+    done = command("status", "--json")
+
+    assert json.loads(done.stdout)["tool"] == "b'x'"
+
+
+# The command line: enable, disable
 
 
 EDITS = {
+    "plain": ON,
     "dotted": "telemetry.enabled = true\n",
     "inline": "telemetry = { enabled = true }\n",
-    "quoted-key": '[telemetry]\n"enabled" = true\n',
-    "quoted-table": '["telemetry"]\nenabled = true\n',
+    "quoted": "['telemetry']\n\"enabled\" = true\n",
     "escaped": '["telemetry"]\n"\\u0065nabled" = true\n',
+    "spaces-and-tabs": "[ telemetry ] # x\nenabled\t=\ttrue# yes\n",
     "also-within-a-text": '[telemetry]\nnote = """\nenabled = true\n"""\nenabled = true\n',
     "a-header-within-a-text": "s = '''\n[telemetry]\n'''\n[telemetry]\nenabled = true # so\n",
-    "byte-order-mark": "\ufeff[telemetry]\nenabled = true\n",
-    "plain": ON,
-    "no-line-break-at-the-end": "[telemetry]\nenabled = true",
-    "dos-lines": "[telemetry]\r\n  enabled=true# yes\r\ntimeout_ms = 5\r\n",
-    "spaces-and-tabs": "[ telemetry ] # x\nenabled\t=\ttrue\n",
+    "after-a-comment": "[telemetry]\n# enabled = true\nenabled = true\n",
     "between-tables": f"[other]\nenabled = true\n{ON}[third]\nenabled = true\n",
-    "after-a-table-below": "[telemetry.more]\na = 'b'\n" + ON,
-    "after-a-comment": "[telemetry]\n# enabled = false\nenabled = true\n",
-    "after-lists": "[[list]]\nenabled = true\n[[list]]\nenabled = true\n" + ON,
     "before-a-similar-key": f"{ON}not_enabled = true\n",
-    "odd-values": "y = inf\nz = 1979-05-27\n" + ON,
+    "byte-order-mark": "\ufeff[telemetry]\nenabled = true\n",
+    "dos-lines": "[telemetry]\r\n  enabled=true\r\ntimeout_ms = 5\r\n",
+    "no-line-break-at-the-end": "[telemetry]\nenabled = true",
     "3000-tables": "".join(f"[t{n}]\nenabled = true\n" for n in range(3000)) + ON,
 }
 
@@ -3962,27 +3126,28 @@ def test_enable_gives_the_first_bytes_back(config, command, text):
     path = config(text)
     command("disable")
 
-    done = command("enable")
+    command("enable")
 
-    assert done.returncode == 0
     assert path.read_bytes().decode() == text
 
 
-HEADERS_ALONE = "[telemetry.otlp_headers]\nA = 'b'\n"
-ADDITIONS = {
-    "empty": ("", "\n[telemetry]\nenabled = false\n"),
-    "no-line-break-at-the-end": ("a = 1", "a = 1\n\n[telemetry]\nenabled = false\n"),
-    "dos-lines": ("# x\r\n", "# x\r\n\r\n[telemetry]\r\nenabled = false\r\n"),
-    "a-header-alone": ("[telemetry]", "[telemetry]\nenabled = false\n"),
-    "a-typo": (
-        "[telemetry] # x\nenable = 1\n",
-        "[telemetry] # x\nenabled = false\nenable = 1\n",
-    ),
-    "a-table-below": (HEADERS_ALONE, f"{HEADERS_ALONE}\n[telemetry]\nenabled = false\n"),
-}
-
-
-@cases(("text", "after"), ADDITIONS)
+@cases(
+    ("text", "after"),
+    {
+        "empty": ("", "\n[telemetry]\nenabled = false\n"),
+        "no-line-break-at-the-end": ("a = 1", "a = 1\n\n[telemetry]\nenabled = false\n"),
+        "dos-lines": ("# x\r\n", "# x\r\n\r\n[telemetry]\r\nenabled = false\r\n"),
+        "a-header-alone": ("[telemetry]", "[telemetry]\nenabled = false\n"),
+        "a-typo": (
+            "[telemetry] # x\nenable = 1\n",
+            "[telemetry] # x\nenabled = false\nenable = 1\n",
+        ),
+        "a-table-below": (
+            "[telemetry.otlp_headers]\nA = 'b'\n",
+            "[telemetry.otlp_headers]\nA = 'b'\n\n[telemetry]\nenabled = false\n",
+        ),
+    },
+)
 def test_disable_adds_the_key_where_it_is_missing(config, command, text, after):
     path = config(text)
 
@@ -3992,30 +3157,13 @@ def test_disable_adds_the_key_where_it_is_missing(config, command, text, after):
     assert path.read_bytes().decode() == after
 
 
-@cases(("text", "after"), ADDITIONS)
-def test_enable_adds_the_key_where_it_is_missing(config, command, text, after):
-    path = config(text)
-
-    done = command("enable")
-
-    assert done.returncode == 0
-    assert path.read_bytes().decode() == after.replace("false", "true")
-
-
-@cases(
-    "text",
-    {
-        "an-inline-table-without-it": "telemetry = { timeout_ms = 5 }\n",
-        "a-dotted-key-without-it": "telemetry.timeout_ms = 5\n",
-    },
-)
-def test_what_is_too_unusual_is_refused_with_what_to_write(config, command, text):
-    path = config(text)
+def test_what_is_too_unusual_is_refused_with_what_to_write(config, command):
+    path = config("telemetry = { timeout_ms = 5 }\n")
 
     done = command("disable")
 
     assert_error(done, ".* write enabled = false for telemetry by hand; nothing was changed")
-    assert path.read_text() == text
+    assert path.read_text() == "telemetry = { timeout_ms = 5 }\n"
 
 
 def generate_document(dice):
@@ -4032,11 +3180,10 @@ def generate_document(dice):
     return dice.choice(["\n", "\r\n"]).join(lines) + dice.choice(["", "\n"])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_generated_document_is_edited_exactly_or_refused(config, command, seed):
-    dice = random.Random(seed)
+def test_a_generated_document_is_edited_exactly_or_refused(config, command):
+    dice = random.Random(4)
 
-    for _ in range(25):
+    for _ in range(300):
         text = generate_document(dice)
         path = config(text)
         done = command("disable")
@@ -4052,15 +3199,6 @@ def test_a_generated_document_is_edited_exactly_or_refused(config, command, seed
         assert tomllib.loads(edited, parse_float=str) == wanted, text
 
 
-# With another key out of range, the value is there to be switched.
-DAMAGED_ELSEWHERE = {
-    name: case
-    for name, case in BAD_CONFIGS.items()
-    if name.startswith(("timeout", "endpoint", "header"))
-}
-DAMAGED = {name: case for name, case in BAD_CONFIGS.items() if name not in DAMAGED_ELSEWHERE}
-
-
 @cases(("text", "says"), DAMAGED)
 def test_disable_says_that_a_damaged_config_is_off_already(config, command, text, says):
     path = config(text)
@@ -4073,37 +3211,42 @@ def test_disable_says_that_a_damaged_config_is_off_already(config, command, text
     assert path.read_bytes() == before
 
 
-@cases(("text", "says"), DAMAGED)
-def test_enable_refuses_a_damaged_config(config, command, text, says):
-    path = config(text)
-    before = path.read_bytes()
+def test_enable_refuses_a_damaged_config(config, command):
+    path = config("not toml")
 
     done = command("enable")
 
-    assert_error(done, f"{re.escape(str(path))}: {says}.*; nothing was changed")
-    assert path.read_bytes() == before
+    assert_error(done, f"{re.escape(str(path))}: {NOT_TOML}.*; nothing was changed")
+    assert path.read_text() == "not toml"
     assert names(path.parent) == ["config.toml"]
 
 
-@cases(("text", "says"), DAMAGED_ELSEWHERE)
-def test_disable_writes_false_where_another_key_is_damaged(config, command, text, says):
-    path = config(text)
+def test_disable_writes_false_where_another_key_is_damaged(config, command):
+    path = config(f"{ON}timeout_ms = 0\n")
 
     done = command("disable")
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert path.read_text() == text.replace("enabled = true", "enabled = false")
+    assert path.read_text() == f"{OFF}timeout_ms = 0\n"
 
 
-@cases(("text", "says"), DAMAGED_ELSEWHERE)
-def test_enable_says_what_keeps_it_off(config, command, text, says):
-    path = config(text.replace("enabled = true", "enabled = false"))
+@cases(
+    ("text", "env", "says"),
+    {
+        "a-damaged-key": (f"{OFF}timeout_ms = 0\n", {}, BAD_TIMEOUT),
+        "a-variable": (OFF, {"DO_NOT_TRACK": "1"}, "DO_NOT_TRACK is set"),
+    },
+)
+def test_enable_says_what_keeps_it_off(config, command, monkeypatch, text, env, says):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    path = config(text)
 
     done = command("enable")
 
     assert done.returncode == 0
-    assert f"It stays off: {says}" in done.stdout
-    assert path.read_text() == text
+    assert done.stdout == f"Telemetry enabled (saved in {path})\nIt stays off: {says}\n"
+    assert path.read_text() == text.replace("false", "true")
 
 
 @cases(
@@ -4145,22 +3288,30 @@ def test_disable_keeps_a_config_that_has_just_been_made(state):
     assert (state / "config.toml").read_text() == "# mine\n[telemetry]\nenabled = false\n"
 
 
-def test_after_enable_there_is_no_notice(collector, command, capsys):
+def test_after_enable_there_is_no_notice(collector, command, capfd):
     command("enable")
 
     track()
 
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
     assert collector.commands == ["build"]
 
 
+def test_enable_ends_a_back_off(collector, config, state, command):
+    config()
+    write_backoff(collector, state)
+
+    command("enable")
+
+    assert names(state) == ["config.toml"]
+
+
 @posix
-@pytest.mark.parametrize("umask", [0o022, 0o777])
-def test_an_edit_keeps_the_mode_under_any_umask(config, umask):
+def test_an_edit_keeps_the_mode(config, command):
     path = config()
     path.chmod(0o644)
 
-    run_tool(f"import os\nos.umask({umask})\ntrix_telemetry.main(['disable'])")
+    command("disable")
 
     assert path.read_text() == OFF
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
@@ -4180,13 +3331,12 @@ def test_an_edit_follows_a_link(home, state, command):
 
 
 @posix
-@pytest.mark.parametrize("name", ["enable", "disable"])
-def test_a_link_that_leads_nowhere_is_not_edited(home, state, command, name):
+def test_a_link_that_leads_nowhere_is_not_edited(home, state, command):
     state.mkdir(parents=True)
     link = state / "config.toml"
     link.symlink_to(home / "nowhere")
 
-    done = command(name)
+    done = command("disable")
 
     assert_error(done, f".*{link} is a link that leads nowhere.*")
     assert not (home / "nowhere").exists()
@@ -4218,6 +3368,9 @@ def test_edits_beside_readers_leave_a_whole_file(collector, config, state, comma
     assert (reader.returncode, out, err) == (0, "", "")
 
 
+# The command line: preview, track, reset, selftest
+
+
 def test_preview_shows_what_is_sent(collector, config, state, command):
     config(f'{ON}[telemetry.otlp_headers]\nX-Key = "secret"\n')
     (state / "fingerprint").write_text(FINGERPRINT)
@@ -4226,9 +3379,10 @@ def test_preview_shows_what_is_sent(collector, config, state, command):
     head, _, body = text.partition("\n\n")
     track("test")
 
-    ((line, headers, sent),) = collector.requests
+    ((path, headers, sent),) = collector.requests
     headers["X-Key"] = "(hidden)"
-    assert head.splitlines() == [line, *(f"{name}: {value}" for name, value in headers.items())]
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    assert head.splitlines() == [f"POST {path} HTTP/1.1", *lines]
     times = r'(?<=UnixNano":")\d{19}'
     assert re.sub(times, "", body) == re.sub(times, "", sent.decode()) + "\n"
 
@@ -4239,6 +3393,31 @@ def test_preview_sends_and_makes_nothing(collector, home, command):
     assert (done.returncode, done.stderr) == (0, "")
     assert collector.requests == []
     assert names(home) == []
+
+
+def test_preview_takes_the_first_of_commands(home, command):
+    initialize(commands=["test", "a-b", "0"])
+
+    done = command("preview")
+
+    assert '"key":"command_name","value":{"stringValue":"a-b"}' in done.stdout
+
+
+@cases(
+    ("text", "reason"),
+    {
+        "off": (OFF, r"config.toml says enabled = false"),
+        "back-off": (ON, r"back-off for \d+ s more: slow"),
+    },
+)
+def test_preview_tells_why_nothing_would_be_sent(collector, config, state, command, text, reason):
+    config(text)
+    write_backoff(collector, state)
+
+    done = command("preview")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(f"trix-cli: telemetry is off: {reason}\n", done.stdout)
 
 
 def test_track_sends(collector, config, command):
@@ -4260,49 +3439,21 @@ def test_track_sends_to_another_endpoint(collector, config, command):
     assert collector.paths == ["/x/v1/metrics"]
 
 
+def test_track_tells_why_nothing_is_sent(collector, config, command):
+    config(OFF)
+
+    done = command("track", "build")
+
+    assert done.returncode == 0
+    assert done.stdout == "Not sent. Telemetry is off: config.toml says enabled = false\n"
+    assert collector.requests == []
+
+
 def test_track_in_a_first_run_shows_the_notice(collector, state, command):
     done = command("track", "build")
 
     assert done.stderr.startswith("trix-cli sends anonymous usage telemetry")
     assert names(state) == ["config.toml", "fingerprint"]
-
-
-def test_track_sends_nothing_where_a_disable_has_just_been_quicker(collector):
-    code = """
-        write = trix_telemetry.write_file
-
-
-        def write_late(path, *rest):
-            trix_telemetry.write_file = write
-            trix_telemetry.main(["disable"])
-            write(path, *rest)
-
-
-        trix_telemetry.write_file = write_late
-        trix_telemetry.main(["track", "build"])
-    """
-
-    done = run_tool(code)
-
-    assert done.stdout.endswith("\nNot sent. Telemetry is off: config.toml says enabled = false\n")
-    assert done.stderr == ""
-    assert collector.requests == []
-
-
-@posix
-def test_track_without_a_home_is_off(collector):
-    done = run_command("track", "build", env={"HOME": "here"})
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "Not sent. Telemetry is off: the home directory is not known\n"
-
-
-def test_track_in_a_first_run_without_stderr_sends_nothing(collector, state):
-    done = run_tool("sys.stderr = None\ntrix_telemetry.main(['track', 'build'])")
-
-    assert done.returncode == 0
-    assert done.stdout == "Not sent. Telemetry is off: there is no standard error\n"
-    assert names(state) == []
 
 
 def test_track_sends_during_a_back_off_and_ends_it(collector, config, state, command):
@@ -4315,50 +3466,16 @@ def test_track_sends_during_a_back_off_and_ends_it(collector, config, state, com
     assert names(state) == ["config.toml", "fingerprint"]
 
 
-def test_a_track_that_fails_has_ended_a_back_off(collector, config, state, command):
-    config()
-    write_backoff(collector, state)
-    collector.answer = (404, {}, b"")
-
-    done = command("track", "build")
-
-    assert done.returncode == 1
-    assert not (state / "backoff").exists()
-
-
-def test_a_track_that_is_refused_for_load_begins_a_back_off(collector, config, state, command):
-    config()
-    collector.answer = (503, {}, b"")
-
-    command("track", "build")
-
-    assert "HTTP 503" in (state / "backoff").read_text()
-
-
-def test_track_tells_the_answer_where_a_back_off_cannot_be_written(
-    collector, config, state, command
-):
-    config()
-    (state / "backoff").mkdir()
-    collector.answer = (503, {}, b"busy")
-
-    done = command("track", "build")
-
-    assert_error(done, r"http://.*/v1/metrics after \d+ ms: HTTP 503: busy")
-
-
 @cases(
     ("status", "body"),
     {
         "empty": (200, b""),
-        "an-object": (200, b"{}"),
-        "accepted": (202, b"{"),
         "no-content": (204, b""),
-        "not-utf-8": (200, b"\xff\0"),
-        "4000-brackets": (200, b"[" * 4000),
+        "no-json": (202, b"\xff{"),
         "null": (200, b"null"),
+        "4000-brackets": (200, b"[" * 4000),
         "partial-success-null": (200, b'{"partialSuccess":null}'),
-        "partial-success-a-list": (200, b'{"partialSuccess":[]}'),
+        "rejected-null": (200, b'{"partialSuccess":{"rejectedDataPoints":null}}'),
         "rejected-a-word": (200, b'{"partialSuccess":{"rejectedDataPoints":"many"}}'),
         "rejected-infinite": (200, b'{"partialSuccess":{"rejectedDataPoints":Infinity}}'),
     },
@@ -4373,75 +3490,9 @@ def test_track_takes_any_success_for_one(collector, config, command, status, bod
     assert done.stdout.endswith(f" ms: HTTP {status}\n")
 
 
-@cases(
-    ("partial", "says"),
-    {
-        "a-reason": (
-            {"rejectedDataPoints": "1", "errorMessage": "too\nold"},
-            r"HTTP 200: 1 data point rejected: too\?old",
-        ),
-        "a-number": (
-            {"rejectedDataPoints": 1, "errorMessage": "too old"},
-            "HTTP 200: 1 data point rejected: too old",
-        ),
-        "a-long-reason": (
-            {"rejectedDataPoints": "1", "errorMessage": "x" * 3000},
-            "HTTP 200: 1 data point rejected: x{200}",
-        ),
-        "no-reason": (
-            {"rejectedDataPoints": "1"},
-            "HTTP 200: 1 data point rejected: no reason given",
-        ),
-        "very-many": ({"rejectedDataPoints": 10**300}, "HTTP 200: 10+ data point rejected: .*"),
-    },
-)
-def test_track_tells_a_point_that_was_rejected(collector, config, command, partial, says):
-    config()
-    collector.answer = (200, {}, json.dumps({"partialSuccess": partial}).encode())
-
-    done = command("track", "build")
-
-    assert_error(done, rf"http://.*/v1/metrics after \d+ ms: {says}")
-
-
-@cases(
-    ("partial", "says"),
-    {
-        "no-number": ({"rejectedDataPoints": None, "errorMessage": "a warning"}, ": a warning"),
-        "no-words": ({"rejectedDataPoints": "0", "errorMessage": None}, ""),
-    },
-)
-def test_track_takes_null_for_what_is_missing(collector, config, command, partial, says):
-    config()
-    collector.answer = (200, {}, json.dumps({"partialSuccess": partial}).encode())
-
-    done = command("track", "build")
-
-    assert done.returncode == 0
-    assert done.stdout.endswith(f" ms: HTTP 200{says}\n")
-
-
-@cases(
-    "body",
-    {
-        "an-endless-number": b'{"partialSuccess": {"rejectedDataPoints": 1e999}}',
-        "nested-without-end": b'{"partialSuccess": ' + b"[" * 4000,
-    },
-)
-def test_track_takes_a_strange_answer_for_no_partial_success(collector, config, command, body):
-    config()
-    collector.answer = (200, {}, body)
-
-    done = command("track", "build")
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(" ms: HTTP 200\n")
-
-
 def test_track_shows_a_warning_of_the_collector(collector, config, command):
     config()
-    answer = {"partialSuccess": {"rejectedDataPoints": "0", "errorMessage": "a warning"}}
-    collector.answer = (200, {}, json.dumps(answer).encode())
+    collector.answer = (200, {}, b'{"partialSuccess":{"errorMessage":"a warning"}}')
 
     done = command("track", "build")
 
@@ -4449,37 +3500,43 @@ def test_track_shows_a_warning_of_the_collector(collector, config, command):
     assert done.stdout.endswith(" ms: HTTP 200: a warning\n")
 
 
-def test_track_tells_the_status_and_the_words_of_the_collector(collector, config, command):
+PAGE = {"Content-Type": "text/html; charset=utf-8"}
+ELSEWHERE = {"Location": "https://other.example/"}
+
+
+@cases(
+    ("answer", "says"),
+    {
+        "rejected": (
+            (200, {}, b'{"partialSuccess":{"rejectedDataPoints":"1","errorMessage":"too\\nold"}}'),
+            r"HTTP 200: 1 data point rejected: too\?old",
+        ),
+        "rejected-without-a-reason": (
+            (200, {}, b'{"partialSuccess":{"rejectedDataPoints":1}}'),
+            "HTTP 200: 1 data point rejected: no reason given",
+        ),
+        "not-found": ((404, {}, b"no path\x1b[2J"), r"HTTP 404: no path\?\[2J"),
+        "a-long-text": ((500, {}, b"x" * 9000), "HTTP 500: x{200}"),
+        "a-redirect": (
+            (308, ELSEWHERE, b""),
+            "HTTP 308: it redirects to https://other.example/, which is not followed",
+        ),
+        "a-web-page": (
+            (200, PAGE, b"<html>Welcome</html>"),
+            r"HTTP 200, but the answer is a web page: is this the URL of a collector\?",
+        ),
+    },
+)
+def test_track_tells_what_the_collector_refused(collector, config, command, answer, says):
     config()
-    collector.answer = (404, {}, b"no such path\x1b[2J")
+    collector.answer = answer
 
     done = command("track", "build")
 
-    assert_error(done, r"http://.*/v1/metrics after \d+ ms: HTTP 404: no such path\?\[2J")
+    assert_error(done, rf"{collector.url}/v1/metrics after \d+ ms: {says}")
 
 
-def test_track_tells_a_redirect(collector, config, command):
-    config()
-    collector.answer = (308, {"Location": "https://other.example/"}, b"")
-
-    done = command("track", "build")
-
-    says = "HTTP 308: it redirects to https://other.example/, which is not followed"
-    assert_error(done, rf"http://.* after \d+ ms: {says}")
-
-
-def test_track_tells_a_web_page(collector, config, command):
-    config()
-    headers = {"Content-Type": "text/html; charset=utf-8"}
-    collector.answer = (200, headers, b"<html>Welcome</html>")
-
-    done = command("track", "build")
-
-    says = r"HTTP 200, but the answer is a web page: is this the URL of a collector\?"
-    assert_error(done, rf"http://.* after \d+ ms: {says}")
-
-
-def test_track_tells_a_refused_connection(collector, config, command):
+def test_track_tells_a_refused_connection(config, command):
     config()
 
     done = command("track", "build", "--endpoint", "http://127.0.0.1:1")
@@ -4487,21 +3544,14 @@ def test_track_tells_a_refused_connection(collector, config, command):
     assert_error(done, r"http://127.0.0.1:1/v1/metrics after \d+ ms: .*refused.*")
 
 
-def test_track_tells_that_time_is_up(hostile, config):
-    config(timeout_ms=300)
+@cases("code", {"silence": "", "a-look-up-that-never-ends": LOOK_UP_NEVER_ENDS})
+def test_track_tells_that_time_is_up(config, code):
+    server = hostile(silence)
+    config(otlp_endpoint=server.url, timeout_ms=300)
 
-    done = run_command("track", "build", "--endpoint", hostile(silence).url, timeout=LONG / 2)
+    done = run_tool(f"{code}\nsys.exit(trix_telemetry.main(['track', 'build']))", timeout=LONG / 2)
 
-    assert_error(done, r"http://.* after \d+ ms: timed out")
-
-
-def test_track_waits_no_longer_than_its_timeout_for_a_look_up(config):
-    config(otlp_endpoint="http://collector.example", timeout_ms=300)
-    code = "sys.exit(trix_telemetry.main(['track', 'build']))"
-
-    done = run_tool(LOOK_UP_NEVER_ENDS + code, timeout=LONG / 2)
-
-    assert_error(done, r"http://collector.example/v1/metrics after \d+ ms: timed out")
+    assert_error(done, rf"{server.url}/v1/metrics after \d+ ms: timed out")
 
 
 # Where the tests run in the background, a shell has turned Ctrl-C off.
@@ -4514,7 +3564,7 @@ sys.exit(trix_telemetry.main(["track", "build"]))
 
 
 @posix
-def test_ctrl_c_ends_a_track_and_begins_no_back_off(hostile, config, state):
+def test_ctrl_c_ends_a_track_and_begins_no_back_off(config, state):
     server = hostile(silence)
     config(otlp_endpoint=server.url, timeout_ms=60_000)
     process = start_tool(TRACK_WITH_CTRL_C)
@@ -4529,45 +3579,21 @@ def test_ctrl_c_ends_a_track_and_begins_no_back_off(hostile, config, state):
 
 
 @cases(
-    "arguments",
+    ("arguments", "says"),
     {
-        "track-a-path": ["track", "../x"],
-        "track-to-ftp": ["track", "a", "--endpoint", "ftp://me:secret@h"],
-        "track-to-nowhere": ["track", "a", "--endpoint", ""],
+        "a-path": (["../x"], "a command name is a letter and .*"),
+        "outside-of-commands": (["other"], "other is not among the tool's commands"),
+        "to-ftp": (["build", "--endpoint", "ftp://me:secret@h"], "--endpoint must be an http .*"),
+        "to-nowhere": (["build", "--endpoint", ""], "--endpoint must be an http .*"),
     },
 )
-def test_a_wrong_value_is_told_in_one_line(collector, command, arguments):
-    done = command(*arguments)
+def test_track_refuses_what_cannot_be_counted(home, command, arguments, says):
+    initialize(commands=["build"])
 
-    assert_error(done, ".+")
+    done = command("track", *arguments)
+
+    assert_error(done, says, "acme")
     assert "secret" not in done.stderr
-
-
-@cases(
-    "arguments",
-    {
-        "an-unknown-command": ["nonsense"],
-        "a-missing-argument": ["track"],
-        "an-unknown-option": ["status", "--yaml"],
-        "an-argument-too-many": ["status", "a"],
-    },
-)
-def test_a_wrong_usage_is_told_by_argparse(collector, command, arguments):
-    done = command(*arguments)
-
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: python -m trix_telemetry ")
-
-
-@pytest.mark.parametrize("name", ["status", "preview", "disable", "track build", "reset"])
-def test_no_command_is_ever_counted_itself(new_collector, config, command, monkeypatch, name):
-    collector = new_collector()
-    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:1")
-    config()
-
-    command(*name.split())
-
-    assert collector.requests == []
 
 
 def test_reset_deletes_the_fingerprint(collector, state, command):
@@ -4596,20 +3622,115 @@ def test_reset_where_there_is_no_fingerprint(home, command):
     assert names(home) == []
 
 
+AGAINST = {
+    "CI": "true",
+    "DO_NOT_TRACK": "1",
+    "TRIX_TELEMETRY": "0",
+    "TRIX_TELEMETRY_ENDPOINT": "",
+    "http_proxy": "http://127.0.0.1:1",
+}
+
+
+def assert_selftest_passed(done):
+    """The notice on standard error; the body and the answer on standard output."""
+    assert done.returncode == 0, done.stderr
+    assert "sends anonymous usage telemetry: the name of each command,\n" in done.stderr
+    title, body, answer = done.stdout.strip().split("\n", 2)
+    assert title == "The collector received:"
+    assert Point(body).start < Point(body).end
+    assert re.fullmatch(r"\nSent to http://127.0.0.1:\d+/v1/metrics in \d+ ms: HTTP 200", answer)
+
+
+def test_selftest_passes_where_everything_speaks_against_it(home):
+    home.chmod(0o555)
+
+    done = run_command("selftest", env=AGAINST, cwd=home)
+
+    home.chmod(0o755)
+    assert_selftest_passed(done)
+    assert names(home) == []
+
+
+def test_selftest_passes_with_any_settings(acme):
+    settings = {
+        "prog": "acme telemetry",
+        "commands": ["x"],
+        "opt_in": True,
+        "docs_url": "http://d",
+        "headers": {"A": "secret"},
+    }
+
+    done = acme.run("sys.exit(usage.main(['selftest']))", settings)
+
+    assert_selftest_passed(done)
+    assert "secret" not in done.stdout
+    assert "trix" not in done.stdout
+
+
+@cases("failure", {"none": False, "no-standard-error": True})
+def test_selftest_leaves_the_process_as_it_was(config, monkeypatch, collector, failure):
+    config()
+    for name, value in AGAINST.items():
+        monkeypatch.setenv(name, value)
+    if failure:
+        monkeypatch.setattr(sys, "stderr", None)
+    before = (dict(os.environ), threading.enumerate())
+
+    code = trix_telemetry.main(["selftest"])
+
+    assert code == int(failure)
+    assert (dict(os.environ), threading.enumerate()) == before
+    assert track() is None
+
+
+def test_selftest_fails_where_something_is_broken(home):
+    broken = SOURCE.replace('"asInt": "1"', '"asInt": 1 / 0').replace("_MS = 2000", "_MS = 200")
+    (home / "broken.py").write_text(broken, encoding="utf-8")
+
+    done = run([sys.executable, home / "broken.py", "selftest"])
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(r"\ntrix-cli: error: http.+: ZeroDivisionError\n$", done.stderr)
+
+
+# The command line: errors, standard streams
+
+
+@cases("arguments", {"an-unknown-command": ["nonsense"], "a-missing-argument": ["track"]})
+def test_a_wrong_usage_is_told_by_argparse(command, arguments):
+    done = command(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: python -m trix_telemetry ")
+
+
+@pytest.mark.parametrize("name", ["status", "preview", "disable", "reset"])
+def test_no_command_is_ever_counted_itself(collector, config, command, name):
+    config()
+
+    command(name)
+
+    assert collector.requests == []
+
+
 @posix
-@cases("code", {"as-it-is": "", "after-output-of-the-tool": "print('of the tool')\n"})
-@pytest.mark.parametrize("arguments", [["status"], ["preview"], ["--help"], ["track", "build"]])
-def test_a_reader_that_is_gone_is_no_traceback(config, code, arguments):
+@cases(
+    "code",
+    {
+        "status": "sys.exit(trix_telemetry.main(['status']))",
+        "help": "sys.exit(trix_telemetry.main(['--help']))",
+        "after-output-of-the-tool": "print('of the tool')\nsys.exit(trix_telemetry.main([]))",
+    },
+)
+def test_a_reader_that_is_gone_is_no_traceback(config, code):
     config()
     read, gone = os.pipe()
     os.close(read)
 
-    done = run_tool(f"{code}sys.exit(trix_telemetry.main({arguments}))", stdout=gone)
+    done = run_tool(code, stdout=gone)
 
     os.close(gone)
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr
-    assert "error" not in done.stderr
+    assert done.stderr == ""
 
 
 @posix
@@ -4669,20 +3790,24 @@ def test_a_stdout_that_the_host_closed_is_no_traceback(collector):
 
 
 @posix
-@cases("redirect", CLOSED)
-@pytest.mark.parametrize("arguments", ["status", "disable", "--help", "track build", "nonsense"])
+@cases(
+    ("redirect", "arguments"),
+    {
+        "input": ("<&-", ["status"]),
+        "output": (">&-", ["disable"]),
+        "error": ("2>&-", ["track", "build"]),
+        "all": ("<&- >&- 2>&-", ["--help"]),
+    },
+)
 def test_closed_streams_are_no_traceback(config, redirect, arguments):
     config()
 
-    done = run_with_closed(redirect, sys.executable, MODULE, *arguments.split())
+    done = run_with_closed(redirect, sys.executable, MODULE, *arguments)
 
-    assert done.returncode == (2 if arguments == "nonsense" else 0)
-    assert "Traceback" not in done.stderr
-    assert "error:" not in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437"])
-def test_what_the_encoding_of_stdout_lacks_is_escaped(encoding):
+def test_what_the_encoding_of_stdout_lacks_is_escaped(home):
     code = """
         trix_telemetry.initialize_telemetry(
             service_name="\\u0416", service_version="1", endpoint="http://127.0.0.1:9"
@@ -4691,87 +3816,10 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped(encoding):
         print(sys.stdout.errors)
     """
 
-    done = run_tool(code, "-X", "utf8=0", env={"PYTHONIOENCODING": encoding})
+    done = run_tool(code, "-X", "utf8=0", env={"PYTHONIOENCODING": "ascii"})
 
     assert first_line(done) == "Telemetry of \\u0416 is on"
     assert done.stdout.splitlines()[-1] == "strict"
-
-
-AGAINST = {
-    "CI": "true",
-    "DO_NOT_TRACK": "1",
-    "TRIX_TELEMETRY": "0",
-    "TRIX_TELEMETRY_ENDPOINT": "",
-    "http_proxy": "http://127.0.0.1:1",
-}
-
-
-def assert_selftest_passed(done):
-    """The notice on standard error; the body and the answer on standard output."""
-    assert done.returncode == 0, done.stderr
-    assert "sends anonymous usage telemetry: the name of each command,\n" in done.stderr
-    title, body, answer = done.stdout.strip().split("\n", 2)
-    assert title == "The collector received:"
-    assert Point(body).start < Point(body).end
-    assert re.fullmatch(r"\nSent to http://127.0.0.1:\d+/v1/metrics in \d+ ms: HTTP 200", answer)
-
-
-@cases("flags", {"plain": [], "isolated": ["-I", "-S"], "optimized": ["-OO"]})
-def test_selftest_passes_where_everything_speaks_against_it(home, flags):
-    home.chmod(0o555)
-
-    done = run([sys.executable, *flags, MODULE, "selftest"], env=AGAINST, cwd=home)
-
-    home.chmod(0o755)
-    assert_selftest_passed(done)
-    assert names(home) == []
-
-
-def test_selftest_passes_with_any_settings(acme):
-    settings = {
-        "prog": "acme telemetry",
-        "commands": ["x"],
-        "opt_in": True,
-        "docs_url": "http://d",
-        "headers": {"A": "secret"},
-    }
-
-    done = acme.run("sys.exit(usage.main(['selftest']))", settings)
-
-    assert_selftest_passed(done)
-    assert "secret" not in done.stdout
-    assert "trix" not in done.stdout
-
-
-@cases("load", LOADERS)
-def test_a_copy_in_memory_has_its_selftest(home, load):
-    assert_selftest_passed(run_loaded(load, "sys.exit(module.main(['selftest']))"))
-
-
-@cases("failure", {"none": False, "no-standard-error": True})
-def test_selftest_leaves_the_process_as_it_was(config, monkeypatch, collector, failure):
-    config()
-    for name, value in AGAINST.items():
-        monkeypatch.setenv(name, value)
-    if failure:
-        monkeypatch.setattr(sys, "stderr", None)
-    before = (dict(os.environ), threading.enumerate())
-
-    code = trix_telemetry.main(["selftest"])
-
-    assert code == int(failure)
-    assert (dict(os.environ), threading.enumerate()) == before
-    assert track() is None
-
-
-def test_selftest_fails_where_something_is_broken(home):
-    broken = SOURCE.replace('"asInt": "1"', '"asInt": 1 / 0')
-    (home / "broken.py").write_text(broken, encoding="utf-8")
-
-    done = run([sys.executable, home / "broken.py", "selftest"])
-
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.search(r"\ntrix-cli: error: http.+: ZeroDivisionError\n$", done.stderr)
 
 
 # README.md
