@@ -320,9 +320,7 @@ def check_streams() -> None:
 
 
 def write_stderr(text: str) -> None:
-    """Write a line past the buffer, so that a failure is known at once. Raise OSError."""
-    if sys.stderr is None:
-        raise OSError("there is no standard error")
+    """Write a line past the buffer, so that a failure is known at once. Raise what that raises."""
     try:
         descriptor = sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
