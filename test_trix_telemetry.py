@@ -1446,20 +1446,18 @@ def test_root_makes_and_sends_nothing_in_the_home_of_another_user(
 def test_root_opens_no_file_in_the_home_of_another_user(collector, foreign, code):
     theirs = foreign("their-home")
     watch = f"""
-opened = []
+        opened = []
 
 
-def watch(event, arguments):
-    if event == "open" and str(arguments[0]).startswith({str(theirs)!r}):
-        opened.append(arguments[0])
+        def watch(event, arguments):
+            if event == "open" and str(arguments[0]).startswith({str(theirs)!r}):
+                opened.append(arguments[0])
 
 
-sys.addaudithook(watch)
-{code}
-assert opened == [], opened
-"""
+        sys.addaudithook(watch)
+    """
 
-    done = run_tool(watch)
+    done = run_tool(watch, code, "assert opened == [], opened")
 
     assert_silent(done)
 
@@ -1958,13 +1956,13 @@ def test_a_first_run_sends_nothing_where_a_disable_is_quicker(collector, code):
 def test_of_many_first_runs_one_tells_and_all_are_one_user(collector, state):
     # They wait for each other, and end by an exception: the interpreter imports while they do.
     code = f"""
-import time
+        import time
 
-trix_telemetry.DEFAULT_TIMEOUT_MS = 60_000
-time.sleep(max(0, {time.time() + 1} - time.time()))
-{TRACK}
-raise ValueError("of the tool")
-"""
+        trix_telemetry.DEFAULT_TIMEOUT_MS = 60_000
+        time.sleep(max(0, {time.time() + 1} - time.time()))
+        trix_telemetry.track_command_execution("build")
+        raise ValueError("of the tool")
+    """
 
     tools = [start_tool(code) for _ in range(8)]
     said = [tool.communicate(timeout=LONG)[1] for tool in tools]
@@ -2087,19 +2085,19 @@ def fork(work):
 def test_a_fork_at_any_moment_leaves_a_child_that_can_import_and_track(collector, config, delay):
     config(EDITED_CONFIG)
     code = f"""
-import time
+        import time
 
 
-def work():
-    import tomllib, json, urllib.request, ssl
+        def work():
+            import tomllib, json, urllib.request, ssl
 
-    trix_telemetry.track_command_execution("child").join()
+            trix_telemetry.track_command_execution("child").join()
 
 
-trix_telemetry.track_command_execution("parent")
-time.sleep({delay})
-fork(work)
-"""
+        trix_telemetry.track_command_execution("parent")
+        time.sleep({delay})
+        fork(work)
+    """
 
     done = run_tool(FORK, code, flags=["-W", "ignore"], timeout=LONG / 2)
 
@@ -2152,19 +2150,19 @@ def test_a_daemon_holds_no_later_command_up(collector, config, home, delay):
     config(EDITED_CONFIG)
     (home / "held").touch()
     code = f"""
-import os
-import time
+        import os
+        import time
 
-trix_telemetry.track_command_execution("build")
-time.sleep({delay})
-if os.fork():
-    os._exit(0)
-os.setsid()
-for descriptor in (0, 1, 2):
-    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-while os.path.exists("held"):
-    time.sleep(0.1)
-"""
+        trix_telemetry.track_command_execution("build")
+        time.sleep({delay})
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        for descriptor in (0, 1, 2):
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+        while os.path.exists("held"):
+            time.sleep(0.1)
+    """
 
     done = run_tool(code, flags=["-W", "ignore"], cwd=home)
     later = run_tool("trix_telemetry.track_command_execution('next')", timeout=LONG / 2)
@@ -2386,11 +2384,11 @@ def test_status_names_a_module_that_is_missing(collector, config):
 def test_a_host_with_green_threads_counts_and_keeps_its_signals(collector, library, patch):
     pytest.importorskip(library)
     code = """
-import signal
+        import signal
 
-trix_telemetry.track_command_execution("build").join()
-print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
-"""
+        trix_telemetry.track_command_execution("build").join()
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    """
 
     done = run_tool(patch, code, flags=["-W", "ignore"])
 
@@ -2628,16 +2626,15 @@ def test_a_wait_for_the_network_begins_a_back_off(config, state, code, speak):
 @posix
 def test_a_long_wait_that_ctrl_c_has_ended_begins_a_back_off(config, state):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=2000)
-    code = f"""
-{READY}
-import signal
+    code = """
+        import signal
 
-signal.signal(signal.SIGALRM, signal.default_int_handler)
-{TRACK}
-signal.setitimer(signal.ITIMER_REAL, 1.7)
-"""
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        trix_telemetry.track_command_execution("build")
+        signal.setitimer(signal.ITIMER_REAL, 1.7)
+    """
 
-    done = run_tool(code)
+    done = run_tool(READY, code)
 
     assert_silent(done)
     assert (state / "backoff").exists()
@@ -2654,19 +2651,19 @@ def test_a_command_that_outlasts_its_request_begins_no_back_off(config, state):
 
 def test_imports_that_take_long_begin_no_back_off(collector, config, state):
     config(timeout_ms=1600)
-    code = f"""
-import time
+    code = """
+        import time
 
 
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "tomllib":
-            time.sleep(1)
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "tomllib":
+                    time.sleep(1)
 
 
-sys.meta_path.insert(0, Finder())
-{TRACK}
-"""
+        sys.meta_path.insert(0, Finder())
+        trix_telemetry.track_command_execution("build")
+    """
 
     done = run_tool(code)
 
