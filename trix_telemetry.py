@@ -569,11 +569,8 @@ class Storage:
         return f"{int(BACKOFF_SECONDS - age) + 1} s more: {make_printable(reason)}"
 
     def write_backoff(self, url: str, reason: str) -> None:
-        """Begin ten minutes in which nothing is sent to url, if the disk can be written."""
-        try:
-            write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
-        except OSError:
-            pass
+        """Begin ten minutes in which nothing is sent to url. Raise OSError."""
+        write_file(self.backoff_path, f"{url}\n{reason}\n".encode())
 
 
 # The client: one HTTP request to one collector
