@@ -2192,6 +2192,25 @@ def test_neither_a_fork_nor_the_end_waits_for_an_import_that_is_stuck(collector,
     assert_silent(done)
 
 
+@posix
+def test_ctrl_c_while_an_import_is_stuck_is_silent(collector, config, home):
+    config(EDITED_CONFIG)
+    (home / "tomllib.py").write_text(f"import time\ntime.sleep({LONG})\n")
+    code = """
+        import signal
+
+        sys.path.insert(0, sys.argv[1])
+        trix_telemetry.DEFAULT_TIMEOUT_MS = 100
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        trix_telemetry.track_command_execution("build")
+        signal.setitimer(signal.ITIMER_REAL, 0.35)
+    """
+
+    done = run_tool(code, arguments=[home], timeout=LONG / 2)
+
+    assert_silent(done)
+
+
 POOL = """
 import multiprocessing
 
@@ -2348,6 +2367,7 @@ def test_a_host_whose_threads_cannot_start_is_unharmed(collector, config):
 
 
         threading.Thread.start = fail
+        trix_telemetry.DEFAULT_TIMEOUT_MS = 60_000
         assert trix_telemetry.track_command_execution("build") is None
     """
 
