@@ -72,10 +72,9 @@ def home(tmp_path, monkeypatch):
     """A home, an environment and a session of its own for each test."""
     own = ("TRIX_", "ACME_", "OTEL_", "PYTHON", "SSL_CERT_", "XDG_")
     for name in list(os.environ):
-        if name.startswith(own) or name.upper().endswith("_PROXY"):
+        is_proxy = name.upper().endswith("_PROXY")
+        if is_proxy or name.startswith(own) or name in ("CI", "DO_NOT_TRACK"):
             monkeypatch.delenv(name)
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.delenv("DO_NOT_TRACK", raising=False)
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))
     # Windows keeps a tool's files below APPDATA: here, in the place that they have elsewhere.
@@ -128,7 +127,6 @@ def serve(handler, tls=None):
     class Server(socketserver.ThreadingTCPServer):
         request_queue_size = 256
         daemon_threads = True
-        block_on_close = False
         accepted = 0
 
         def get_request(self):
@@ -186,10 +184,6 @@ class Collector:
     def users(self):
         return {point.resource["user.fingerprint"] for point in self.points}
 
-    @property
-    def paths(self):
-        return [path for path, _, _ in self.requests]
-
 
 class Point:
     """The one data point of a body."""
@@ -241,9 +235,7 @@ def command(capfd):
     return run_here
 
 
-TRACK = """
-trix_telemetry.track_command_execution("build")
-"""
+TRACK = 'trix_telemetry.track_command_execution("build")'
 
 
 def script(*parts, module="trix_telemetry", path=HERE):
@@ -256,14 +248,10 @@ def run(arguments, env=None, **options):
     """Run a process to its end. Of `env`, None removes a variable."""
     variables = {**os.environ, **(env or {})}
     pipe = subprocess.PIPE
-    defaults = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, "timeout": LONG}
-    return subprocess.run(
-        [str(argument) for argument in arguments],
-        env={name: value for name, value in variables.items() if value is not None},
-        text=True,
-        check=False,
-        **{**defaults, **options},
-    )
+    options = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, **options}
+    options["env"] = {name: value for name, value in variables.items() if value is not None}
+    options.setdefault("timeout", LONG)
+    return subprocess.run([str(each) for each in arguments], text=True, check=False, **options)
 
 
 def run_tool(*parts, flags=(), arguments=(), **options):
@@ -1499,7 +1487,7 @@ def test_the_endpoint_that_counts(config, monkeypatch, in_environment, in_config
 
     track()
 
-    assert collector.paths == paths
+    assert [path for path, _, _ in collector.requests] == paths
 
 
 def test_the_variables_of_opentelemetry_are_not_read(config, monkeypatch):
@@ -1550,7 +1538,7 @@ def test_the_proxies_are_those_that_the_standard_library_finds(collector, config
     done = run_tool(code, env={ENDPOINT: "http://collector.invalid"})
 
     assert_silent(done)
-    assert collector.paths == ["http://collector.invalid/v1/metrics"]
+    assert [path for path, _, _ in collector.requests] == ["http://collector.invalid/v1/metrics"]
 
 
 @cases(
@@ -1583,7 +1571,7 @@ def test_a_redirect_is_not_followed(collector, config, status, target):
 
     track()
 
-    assert collector.paths == ["/v1/metrics"]
+    assert [path for path, _, _ in collector.requests] == ["/v1/metrics"]
 
 
 # An authority, and a certificate of it for localhost and 127.0.0.1, both until the year 2126.
@@ -2017,7 +2005,7 @@ def test_each_process_that_ends_at_once_delivers(collector, config):
 
 def test_output_arrives_before_the_wait(config):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
-    code = f"{TRACK}print('done')\nprint('told', end='', file=sys.stderr)"
+    code = f"{TRACK}\nprint('done')\nprint('told', end='', file=sys.stderr)"
 
     process = start_tool(code)
     late = threading.Timer(LONG / 2, process.kill)
@@ -2270,7 +2258,7 @@ http.client.HTTPConnection.debuglevel = 1
 {TRACK}
 """,
     "no-ssl": f"sys.modules['ssl'] = sys.modules['_ssl'] = None\n{TRACK}",
-    "no-stdout": f"{TRACK}sys.stdout = None",
+    "no-stdout": f"{TRACK}\nsys.stdout = None",
     "a-stdout-of-its-own": f"""
 class Stream:
     def flush(self):
@@ -3501,7 +3489,7 @@ def test_track_sends_to_another_endpoint(collector, config, command):
 
     command("track", "build", "--endpoint", f"{collector.url}/x")
 
-    assert collector.paths == ["/x/v1/metrics"]
+    assert [path for path, _, _ in collector.requests] == ["/x/v1/metrics"]
 
 
 def test_track_tells_why_nothing_is_sent(collector, config, command):
