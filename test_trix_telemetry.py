@@ -1188,6 +1188,15 @@ def test_within_ten_minutes_of_a_back_off_nothing_is_sent(collector, config, sta
     assert collector.requests == []
 
 
+def test_within_a_back_off_a_process_that_ends_at_once_waits_for_nothing(collector, config, state):
+    config()
+    write_backoff(collector, state)
+
+    done = run_tool(TRACK, timeout=LONG / 2)
+
+    assert_silent(done)
+
+
 @cases("age", {"610-seconds": 610, "in-the-future": -60})
 def test_a_back_off_of_another_time_does_not_count(collector, config, state, age):
     config()
@@ -2318,7 +2327,11 @@ def fail():
 
 fail()
 """,
+    # Of the modules that are still there, Python clears first what was imported last.
     "where-the-module-is-cleared": """
+import os
+
+
 class Last:
     def __init__(self, track):
         self.track = track
@@ -2327,7 +2340,8 @@ class Last:
         self.track("late")
 
 
-sys.last = Last(trix_telemetry.track_command_execution)
+os.last = Last(trix_telemetry.track_command_execution)
+sys.kept = [trix_telemetry, os]
 raise ZeroDivisionError
 """,
 }
@@ -2590,6 +2604,15 @@ def test_what_fails_or_succeeds_at_once_costs_no_time(config, state, speak):
 
     assert_silent(done)
     assert names(state) == ["config.toml", "fingerprint"]
+
+
+def test_a_collector_that_never_answers_holds_no_thread(config):
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=200)
+
+    thread = trix_telemetry.track_command_execution("build")
+
+    thread.join(LONG / 2)
+    assert not thread.is_alive()
 
 
 def answer_late(connection):
