@@ -2012,6 +2012,26 @@ def test_each_process_that_ends_at_once_delivers(collector, config):
     assert len(collector.users) == 1
 
 
+def test_an_import_that_fails_beside_another_thread_is_tried_again(collector, config):
+    config(EDITED_CONFIG)
+    code = """
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "tomllib":
+                    sys.meta_path.remove(self)
+                    raise ImportError("half-made")
+
+
+        sys.meta_path.insert(0, Finder())
+        trix_telemetry.track_command_execution("build")
+    """
+
+    done = run_tool(code)
+
+    assert_silent(done)
+    assert collector.commands == ["build"]
+
+
 def test_output_arrives_before_the_wait(config):
     config(otlp_endpoint=hostile(silence).url, timeout_ms=60_000)
     code = f"{TRACK}\nprint('done')\nprint('told', end='', file=sys.stderr)"
