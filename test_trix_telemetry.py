@@ -1555,7 +1555,7 @@ def test_the_proxies_are_those_that_the_standard_library_finds(collector, config
     {
         "socks": "socks5://{host}",
         "refuses": "http://127.0.0.1:1/no",
-        "no-port": "http://me:secret@h:x",
+        "one-slash": "http:/me:secret@h",
     },
 )
 def test_an_odd_proxy_gets_nothing_and_is_told_without_its_password(collector, config, proxy):
@@ -1956,7 +1956,7 @@ def test_of_many_first_runs_one_tells_and_all_are_one_user(collector, state):
         import time
 
         trix_telemetry.DEFAULT_TIMEOUT_MS = 60_000
-        time.sleep(max(0, {time.time() + 1} - time.time()))
+        time.sleep(max(0, {time.time() + 0.6} - time.time()))
         trix_telemetry.track_command_execution("build")
         raise ValueError("of the tool")
     """
@@ -2637,7 +2637,7 @@ def test_a_collector_that_never_answers_holds_no_thread(config):
 
 def answer_late(connection):
     connection.recv(65536)
-    time.sleep(0.9)
+    time.sleep(0.6)
     connection.sendall(STATUS_LINE + b"Content-Length: 2\r\n\r\n{}")
     connection.recv(65536)
 
@@ -2664,7 +2664,7 @@ socket.getaddrinfo = wait
 )
 def test_a_wait_for_the_network_begins_a_back_off(config, state, code, speak):
     server = hostile(speak)
-    config(otlp_endpoint=server.url, timeout_ms=1200)
+    config(otlp_endpoint=server.url, timeout_ms=800)
 
     done = run_tool(READY, code, TRACK)
 
@@ -2676,13 +2676,13 @@ def test_a_wait_for_the_network_begins_a_back_off(config, state, code, speak):
 
 @posix
 def test_a_long_wait_that_ctrl_c_has_ended_begins_a_back_off(config, state):
-    config(otlp_endpoint=hostile(silence).url, timeout_ms=2000)
+    config(otlp_endpoint=hostile(silence).url, timeout_ms=1600)
     code = """
         import signal
 
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         trix_telemetry.track_command_execution("build")
-        signal.setitimer(signal.ITIMER_REAL, 1.7)
+        signal.setitimer(signal.ITIMER_REAL, 1.3)
     """
 
     done = run_tool(READY, code)
@@ -2701,7 +2701,7 @@ def test_a_command_that_outlasts_its_request_begins_no_back_off(config, state):
 
 
 def test_imports_that_take_long_begin_no_back_off(collector, config, state):
-    config(timeout_ms=1600)
+    config(timeout_ms=1000)
     code = """
         import time
 
@@ -2709,7 +2709,7 @@ def test_imports_that_take_long_begin_no_back_off(collector, config, state):
         class Finder:
             def find_spec(self, name, path=None, target=None):
                 if name == "tomllib":
-                    time.sleep(1)
+                    time.sleep(0.6)
 
 
         sys.meta_path.insert(0, Finder())
@@ -3641,13 +3641,14 @@ def test_track_tells_a_refused_connection(config, command):
 
 
 @cases("code", {"silence": "", "a-look-up-that-never-ends": LOOK_UP_NEVER_ENDS})
-def test_track_tells_that_time_is_up(config, code):
+def test_track_tells_that_time_is_up_and_begins_no_back_off(config, state, code):
     server = hostile(silence)
     config(otlp_endpoint=server.url, timeout_ms=300)
 
     done = run_tool(code, "sys.exit(trix_telemetry.main(['track', 'build']))", timeout=LONG / 2)
 
     assert_error(done, rf"{server.url}/v1/metrics after \d+ ms: timed out")
+    assert "backoff" not in names(state)
 
 
 # Where the tests run in the background, a shell has turned Ctrl-C off.
@@ -3660,7 +3661,7 @@ sys.exit(trix_telemetry.main(["track", "build"]))
 
 
 @posix
-def test_ctrl_c_ends_a_track_and_begins_no_back_off(config, state):
+def test_ctrl_c_ends_a_track(config):
     server = hostile(silence)
     config(otlp_endpoint=server.url, timeout_ms=60_000)
     process = start_tool(TRACK_WITH_CTRL_C)
@@ -3671,7 +3672,6 @@ def test_ctrl_c_ends_a_track_and_begins_no_back_off(config, state):
     out, err = process.communicate(timeout=LONG / 2)
 
     assert (process.returncode, out, err) == (130, "", "")
-    assert not (state / "backoff").exists()
 
 
 @cases(
@@ -3836,20 +3836,6 @@ def test_a_full_disk_below_stdout_is_told_in_one_line(collector):
 
     assert done.returncode == 1
     assert re.fullmatch("trix-cli: error: .*No space left on device\n", done.stderr)
-
-
-@posix
-def test_the_stdout_of_a_host_is_kept(collector):
-    code = """
-        sys.stdout = open("/dev/full", "w")
-        trix_telemetry.main([])
-        sys.stdout = sys.__stdout__
-        print("kept")
-    """
-
-    done = run_tool(code)
-
-    assert done.stdout == "kept\n"
 
 
 def test_what_nobody_foresaw_is_told_in_one_line(capsys, monkeypatch):
@@ -4070,7 +4056,6 @@ def test_a_program_shows_the_status(readme, collector, home, program):
     assert done.stdout == shown
 
 
-@programs
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -4080,8 +4065,8 @@ def test_a_program_shows_the_status(readme, collector, home, program):
         pytest.param(["disable"], id="disable"),
     ],
 )
-def test_a_program_says_nothing_of_trix(readme, home, program, arguments):
-    done = readme(program, "telemetry", *arguments)
+def test_a_program_says_nothing_of_trix(readme, home, arguments):
+    done = readme(ARGPARSE, "telemetry", *arguments)
 
     assert (done.returncode, done.stderr) == (0, "")
     said = done.stdout.replace("User-Agent: trix-telemetry/4.0.0", "").replace(str(home), "")
@@ -4089,11 +4074,10 @@ def test_a_program_says_nothing_of_trix(readme, home, program, arguments):
     assert not (home / ".tx3").exists()
 
 
-@programs
-def test_a_program_whose_telemetry_is_disabled_is_silent(readme, collector, program):
-    readme(program, "telemetry", "disable")
+def test_a_program_whose_telemetry_is_disabled_is_silent(readme, collector):
+    readme(ARGPARSE, "telemetry", "disable")
 
-    done = readme(program, "build")
+    done = readme(ARGPARSE, "build")
 
     assert_silent(done)
     assert collector.requests == []

@@ -1560,7 +1560,7 @@ def leave_stdout() -> None:
     """Keep Python from failing again when it flushes standard output at its end: documentation of
     signal, "Note on SIGPIPE"."""
     stdout = sys.__stdout__
-    if stdout is None or stdout is not sys.stdout:
+    if stdout is None:
         return
     try:
         stdout.flush()
