@@ -4184,18 +4184,16 @@ def test_the_query_for_clickhouse_counts_what_was_sent(ten_runs, home, monkeypat
 
 @packages
 def test_the_wheel_has_the_module(home):
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools.command.bdist_wheel")
     shutil.copy(MODULE, home)
     shutil.copy(HERE / "setup.cfg", home)
     (line,) = re.findall("(?m)^python -c .* bdist_wheel$", README)
 
-    made = run([sys.executable, *shlex.split(line)[1:]], cwd=home)
-    wheels = (home / "dist").glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--target", home / "installed"]
-    run([*pip, *wheels])
-    done = run([sys.executable, "-m", "trix_telemetry", "--version"], cwd=home / "installed")
+    run([sys.executable, *shlex.split(line)[1:]], cwd=home)
+    (wheel,) = (home / "dist").glob("*.whl")
+    run([sys.executable, "-m", "pip", "install", "--no-index", "--target", home / "lib", wheel])
+    done = run([sys.executable, "-m", "trix_telemetry", "--version"], cwd=home / "lib")
 
-    assert made.returncode == 0, made.stderr
     assert done.stdout == "telemetry 4.0.0\n"
 
 
