@@ -817,7 +817,7 @@ def test_a_variable_that_says_nothing_against_it_leaves_it_on(
 
 
 def test_a_variable_never_turns_on_what_the_config_turns_off(collector, config, monkeypatch):
-    config(OFF)
+    config("[telemetry]\nenabled = false # true\n")
     monkeypatch.setenv("TRIX_TELEMETRY", "1")
 
     track()

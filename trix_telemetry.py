@@ -680,7 +680,7 @@ def check_first_run(settings: Settings, storage: Storage) -> None:
 def create_config(settings: Settings, storage: Storage, url: str) -> bytes:
     """Create config.toml, show the notice, and return what the file says by then.
 
-    Raise NotSent, OSError.
+    Raise NotSent, OSError, and what the host's own stream raises.
     """
     make_directory(storage.directory)
     try:
