@@ -320,7 +320,10 @@ def check_streams() -> None:
 
 
 def write_stderr(text: str) -> None:
-    """Write a line past the buffer, so that a failure is known at once. Raise what that raises."""
+    """Write a line past the buffer, so that a failure is known at once.
+
+    Raise OSError, and what a stream of the host's own class raises.
+    """
     try:
         descriptor = sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
